@@ -1,0 +1,244 @@
+"""A ragged key/value cache: one length per row, so that rows accept different numbers of tokens and roll back by rewinding.
+
+One buffer [layers, 2, slots, capacity, kv_heads * head_dim] holds keys and values of all rows. Rows in use fill the lowest slots, so a
+batch of them is a view and never a copy; finished rows stay behind them, least recently used first to go, as sources of prefixes. The
+verbs are `allocate`, `fork`, `truncate`, `release`; nothing outside this file knows where a row lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+HEAD = 4  # rows are indexed by their first tokens; a shorter common prefix is cheaper to compute again than to look for
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What one position of one row needs: layers x (keys, values) x heads x head_dim numbers of dtype."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def bytes_per_position(self) -> int:
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+
+@dataclass(eq=False)
+class Entry:
+    """One row: `tokens` are the ids whose keys and values are stored; `planned` those that will be once its owner has run."""
+
+    slot: int
+    tokens: list[int] = field(default_factory=list)
+    planned: list[int] = field(default_factory=list)
+    active: bool = True
+    pinned: int = 0
+    stamp: int = 0
+    head: tuple[int, ...] = ()
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common prefix of two lists; bisection over slice equality, which runs at C speed."""
+    n = min(len(a), len(b))
+    if a[:n] == b[:n]:
+        return n
+    low, high = 0, n  # a[:low] equal, a[:high] not
+    while high - low > 1:
+        mid = (low + high) // 2
+        if a[low:mid] == b[low:mid]:
+            low = mid
+        else:
+            high = mid
+    return low
+
+
+class RaggedCache:
+    """Rows of keys and values within a budget of positions (slots x capacity).
+
+    budget: positions that may be stored in all. max_len: positions of one row at most.
+    """
+
+    def __init__(self, shape: Shape, *, budget: int, max_len: int, max_rows: int, retained: int = 32) -> None:
+        self.shape = shape
+        self.max_len = min(max_len, budget)
+        self.budget = budget
+        self.max_slots = max_rows + retained
+        self.entries: list[Entry | None] = []
+        self.active = 0
+        self.capacity = 0
+        self.data = torch.empty(0)
+        self._clock = 0
+        self._by_head: dict[tuple[int, ...], set[Entry]] = {}
+
+    # --- the four verbs -------------------------------------------------------------------------------------------------------
+
+    def allocate(self, planned: list[int], length: int) -> Entry | None:
+        """A new empty row that will hold `length` positions; None when the budget has no room for it."""
+        if not self.reserve(length, extra=1):
+            return None
+        slot = self._free_slot()
+        if slot != self.active:
+            self._swap(slot, self.active)
+        entry = Entry(self.active)
+        self.entries[self.active] = entry
+        self.active += 1
+        self._own(entry, planned)
+        return entry
+
+    def fork(self, source: Entry, n: int, planned: list[int], length: int) -> Entry | None:
+        """A row that starts with the first n positions of `source`: an idle source that nobody holds is taken over, another is copied."""
+        idle = not source.active and not source.pinned
+        if idle and self.reserve(length, extra=1, spare=source):
+            self._swap(source.slot, self.active)
+            source.active = True
+            self.active += 1
+            self.truncate(source, n)
+            self._own(source, planned)
+            return source
+        source.pinned += 1  # so that making room does not evict it
+        entry = self.allocate(planned, length)
+        source.pinned -= 1
+        if entry is not None and n:
+            self.data[:, :, entry.slot, :n] = self.data[:, :, source.slot, :n]
+            entry.tokens = source.tokens[:n]
+            source.stamp = self._tick()
+        return entry
+
+    def truncate(self, entry: Entry, n: int) -> None:
+        """Keep the first n positions; the rest is forgotten by rewinding, nothing moves."""
+        del entry.tokens[n:]
+
+    def release(self, entry: Entry, *, retain: bool = True) -> None:
+        """The row is no longer in use; retained, it serves as a source of prefixes until its slot is needed."""
+        if entry.active:
+            self.active -= 1
+            self._swap(entry.slot, self.active)
+            entry.active = False
+        entry.planned = entry.tokens
+        entry.stamp = self._tick()
+        if not retain or len(entry.tokens) < HEAD:
+            self._evict(entry)
+
+    # --- finding prefixes -------------------------------------------------------------------------------------------------------
+
+    def sources(self, tokens: Sequence[int]) -> Iterable[Entry]:
+        """Rows, in use or retained, that begin like `tokens`."""
+        return self._by_head.get(tuple(tokens[:HEAD]), ())
+
+    # --- room -------------------------------------------------------------------------------------------------------------------
+
+    def reserve(self, length: int, *, extra: int = 0, spare: Entry | None = None) -> bool:
+        """Make room for rows of `length` positions and `extra` more rows, giving up retained rows if need be; False if that is not enough."""
+        if length > self.max_len:
+            return False
+        capacity = self.capacity if length <= self.capacity else _grown(self.capacity, length, self.max_len)
+        if (self.active + extra) * capacity > self.budget:
+            capacity = max(self.capacity, length)
+        need = self.active + extra + sum(1 for e in self.entries[self.active :] if e is not None and e.pinned and e is not spare)
+        if need * capacity > self.budget:
+            return False
+        most = min(self.max_slots + sum(1 for e in self.entries if e is not None and e.pinned), self.budget // max(capacity, 1))
+        while self._used() + extra - (spare is not None) > most and self._evict_oldest(spare):
+            pass
+        if capacity > self.capacity or need > len(self.entries) or (self._used() + extra > len(self.entries) and len(self.entries) < most):
+            self._resize(min(most, max(need, self._used() + extra, 2 * len(self.entries), 4)), capacity)
+        return True
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.numel() * self.data.element_size()
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one layer, each [slots, capacity, kv_heads, head_dim]."""
+        k, v = self.data[index]
+        heads = (*k.shape[:2], self.shape.kv_heads, self.shape.head_dim)
+        return k.view(heads), v.view(heads)
+
+    # --- inside -----------------------------------------------------------------------------------------------------------------
+
+    def _tick(self) -> int:
+        self._clock += 1
+        return self._clock
+
+    def _used(self) -> int:
+        return sum(e is not None for e in self.entries)
+
+    def _own(self, entry: Entry, planned: list[int]) -> None:
+        entry.planned, entry.stamp = planned, self._tick()
+        self._forget_head(entry)
+        entry.head = tuple(planned[:HEAD])
+        if len(entry.head) == HEAD:
+            self._by_head.setdefault(entry.head, set()).add(entry)
+
+    def _forget_head(self, entry: Entry) -> None:
+        group = self._by_head.get(entry.head)
+        if group is not None:
+            group.discard(entry)
+            if not group:
+                del self._by_head[entry.head]
+
+    def _evict(self, entry: Entry) -> None:
+        self._forget_head(entry)
+        self.entries[entry.slot] = None
+
+    def _evict_oldest(self, spare: Entry | None = None) -> bool:
+        idle = [e for e in self.entries[self.active :] if e is not None and not e.pinned and e is not spare]
+        if idle:
+            self._evict(min(idle, key=lambda e: e.stamp))
+        return bool(idle)
+
+    def _free_slot(self) -> int:
+        for slot in range(self.active, len(self.entries)):
+            if self.entries[slot] is None:
+                return slot
+        if not self._evict_oldest():
+            raise RuntimeError("no free slot after reserve: a bug of the cache")
+        return self._free_slot()
+
+    def _swap(self, i: int, j: int) -> None:
+        """Exchange two slots, moving only the positions that are in use."""
+        if i == j:
+            return
+        a, b = self.entries[i], self.entries[j]
+        n, m = (a.length if a else 0), (b.length if b else 0)
+        kept = self.data[:, :, i, :n].clone() if n and b else self.data[:, :, i, :n]
+        if m:
+            moved = self.data[:, :, j, :m].clone() if a else self.data[:, :, j, :m]
+            self.data[:, :, i, :m] = moved
+        if n:
+            self.data[:, :, j, :n] = kept
+        self.entries[i], self.entries[j] = b, a
+        if a:
+            a.slot = j
+        if b:
+            b.slot = i
+
+    def _resize(self, slots: int, capacity: int) -> None:
+        """New buffers; rows keep their order, idle ones close up behind those in use."""
+        s = self.shape
+        capacity = max(capacity, self.capacity)
+        data = torch.zeros(s.layers, 2, slots, capacity, s.kv_heads * s.head_dim, dtype=s.dtype, device=s.device)
+        kept = [e for e in self.entries if e is not None]
+        for slot, entry in enumerate(kept):
+            data[:, :, slot, : entry.length] = self.data[:, :, entry.slot, : entry.length]
+            entry.slot = slot
+        self.entries = [*kept, *[None] * (slots - len(kept))]
+        self.data, self.capacity = data, capacity
+
+
+def _grown(capacity: int, length: int, most: int) -> int:
+    """The next capacity: powers of two from 64, so that buffers are rarely remade and shapes stay few."""
+    size = max(64, capacity)
+    while size < length:
+        size *= 2
+    return min(size, most)
