@@ -1,0 +1,73 @@
+"""Problems as rows of tokens: several documents are packed in a row, so that every step of training has one shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hasten.rng import key
+from hasten.zoo import arith, tokenizer
+
+ROW = 216  # tokens a row: two problems whose K sum to nine fill 209 to 212
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """ids, positions, documents [B, 216] int64; targets [B, 216]: the next token where it belongs to a solution, else -100."""
+
+    ids: Tensor
+    positions: Tensor
+    documents: Tensor
+    targets: Tensor
+
+    def mask(self) -> Tensor:
+        """[B, 1, T, T] bool: a token sees its own document up to itself."""
+        return document_mask(self.documents)
+
+
+def document_mask(documents: Tensor) -> Tensor:
+    causal = torch.ones(documents.shape[1], documents.shape[1], dtype=torch.bool).tril()
+    return ((documents[:, :, None] == documents[:, None, :]) & causal)[:, None]
+
+
+def length(k: int) -> int:
+    """Tokens of a problem with K = k, <bos> and <eos> included."""
+    return 39 if k == 1 else 25 + 18 * k
+
+
+def tokens(problem: arith.Problem) -> tuple[list[int], int]:
+    """The problem's tokens from <bos> to <eos>, and how many of them are prompt."""
+    prompt = tokenizer.encode(problem.prompt, bos=True)
+    return prompt + tokenizer.encode(problem.solution, eos=True), len(prompt)
+
+
+def batch(seed: int, step: int, rows: int, most: int) -> Batch:
+    """Training batch of one step: a pure function of its arguments. K is uniform in 1..most."""
+    ids = torch.zeros(rows, ROW, dtype=torch.int64)
+    positions, documents, targets = torch.zeros_like(ids), torch.zeros_like(ids), torch.full_like(ids, -100)
+    for row in range(rows):
+        start = 0
+        for d, k in enumerate(_sizes(seed, step, row, most)):
+            doc, prompt = tokens(arith.sample_problem(seed, (step * rows + row) * 16 + d, "train", k=k))
+            stop = start + len(doc)
+            ids[row, start:stop] = torch.tensor(doc)
+            positions[row, start:stop] = torch.arange(len(doc))
+            documents[row, start:stop] = d + 1
+            targets[row, start + prompt - 1 : stop - 1] = torch.tensor(doc[prompt:])
+            start = stop
+    return Batch(ids, positions, documents, targets)
+
+
+def _sizes(seed: int, step: int, row: int, most: int) -> list[int]:
+    """K of each document of a row: k and most + 1 - k, so that K is uniform, and then whatever fits."""
+    k = 1 + key(seed, step, row, "k") % most
+    sizes, room = [], ROW
+    while True:
+        for n in (k, most + 1 - k):
+            if length(n) > room:
+                return sizes
+            sizes.append(n)
+            room -= length(n)
+        k = 1 + k % most
