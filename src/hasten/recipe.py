@@ -4,7 +4,7 @@ Two spellings of one thing. JSON is what files hold: `{"model": M, "techniques":
 differ from their defaults. The short form is for people: `zoo:arith-m +ngram(k=4) +vote(n=16,temperature=0.8)`. Its grammar:
 
     recipe = value { "+" name [ "(" [ option { "," option } ] ")" ] }        option = name "=" value
-    value  = a JSON string | 'the same in single quotes' | [a JSON list] | {a JSON object} | a run without blanks, quotes, + , ( )
+    value  = a JSON string | 'the same in single quotes' | [a JSON list] | {a JSON object} | a run without blanks, quotes, brackets, + and ,
 
 A bare run is a number, true, false or null where JSON reads it so, else a string; "4" in quotes is a string.
 """
@@ -19,11 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hasten.values import UserError, did_you_mean
+from hasten.values import UserError
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
-_BARE = re.compile(r"""(?:[^\s+,()"'\[\]{}=]|(?<=[0-9])[eE]\+(?=[0-9])|=)+""")
-_PLAIN = re.compile(r"""[^\s+,()"'\[\]{}]+""")
+_BARE = re.compile(r"""[^\s+,()"'\[\]{}]+""")
 _SINGLE = re.compile(r"'((?:[^'\\]|\\.)*)'")
 _BLANK = re.compile(r"\s*")
 
@@ -145,7 +144,7 @@ def _use_from(document: Any) -> Use:
 def _show(value: Any) -> str:
     """Bare where it reads back as itself, else JSON; non-ASCII stays legible."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    if isinstance(value, str) and _PLAIN.fullmatch(value) and _literal(value) == value:
+    if isinstance(value, str) and _BARE.fullmatch(value) and _literal(value) == value:
         return value
     return text.replace("+", "") if isinstance(value, float) else text
 
@@ -217,8 +216,3 @@ def _options(text: str, at: int) -> tuple[dict[str, Any], int]:
 
 def _expect(text: str, at: int, mark: str, wanted: str) -> int:
     return at + 1 if text[at : at + 1] == mark else _fail(text, at, wanted)
-
-
-def nearest(kind: str, name: str, known: Any) -> UserError:
-    """The error for an unknown name of some kind."""
-    return UserError(f"unknown {kind} {name!r}{did_you_mean(name, known)}")

@@ -17,8 +17,8 @@ from dataclasses import MISSING, dataclass, fields
 from types import ModuleType
 from typing import Any, Literal
 
-from hasten.recipe import Recipe, Use, frozen, nearest
-from hasten.values import UserError
+from hasten.recipe import Recipe, Use, frozen
+from hasten.values import UserError, did_you_mean
 
 Slot = Literal["transform", "reuse", "decode", "constraint", "strategy"]
 Exactness = Literal["identical", "distribution", "approximate"]
@@ -41,22 +41,16 @@ class Technique:
     wraps: bool = False
 
 
+# fmt: off
 _ALL = (
     Technique("plain", "decode", "lm", "identical", "one token a forward pass", "", "hasten.lm.decode.plain"),
     Technique("ngram", "decode", "lm", "identical", "propose what followed the same words before", "Saxena 2023", "hasten.lm.decode.ngram"),
     Technique("allowed", "constraint", "lm", "approximate", "commit only tokens of a fixed set", "", "hasten.lm.constrain.allowed"),
     Technique("prefix", "reuse", "lm", "identical", "compute a shared prefix once", "arXiv:2312.07104", "hasten.lm.prefix"),
-    Technique("vote", "strategy", "any", "approximate", "most frequent answer of n samples", "arXiv:2203.11171", "hasten.strategies.vote"),
-    Technique(
-        "best-of-n",
-        "strategy",
-        "any",
-        "approximate",
-        "the sample a reward model likes most",
-        "arXiv:2110.14168",
-        "hasten.strategies.best_of_n",
-    ),
+    Technique("vote", "strategy", "any", "approximate", "the most frequent of n answers", "arXiv:2203.11171", "hasten.strategies.vote"),
+    Technique("best-of-n", "strategy", "any", "approximate", "the sample with the best reward", "arXiv:2110.14168", "hasten.strategies.best_of_n"),
 )
+# fmt: on
 TECHNIQUES: dict[str, Technique] = {technique.name: technique for technique in _ALL}
 _WEAKER: tuple[Exactness, ...] = ("identical", "distribution", "approximate")
 
@@ -75,7 +69,7 @@ class Option:
 def technique(name: str) -> Technique:
     """The technique of that name; UserError with the nearest name if there is none."""
     if name not in TECHNIQUES:
-        raise nearest("technique", name, TECHNIQUES)
+        raise UserError(f"unknown technique {name!r}{did_you_mean(name, TECHNIQUES)}")
     return TECHNIQUES[name]
 
 
@@ -187,7 +181,8 @@ def _comments(cls: type, names: str) -> Iterator[tuple[str, str]]:
 
 def _converted(name: str, key: str, value: Any, known: Mapping[str, Any]) -> Any:
     if key not in known:
-        raise nearest(f"option of {name!r}", key, known) if known else UserError(f"technique {name!r} has no options, so no {key!r}")
+        hint = did_you_mean(key, known) if known else "; it has none"
+        raise UserError(f"technique {name!r}: unknown option {key!r}{hint}")
     for kind in _alternatives(known[key]):
         if (result := _as(kind, value)) is not MISSING:
             return result
