@@ -1,0 +1,49 @@
+"""Tiny reference models that ship with hasten, their tasks, and the scripts that train and measure them.
+
+`path(name)` is the directory of a shipped model, an ordinary transformers checkpoint. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What a model is and what made it. tokens: of training, prompts included; seed: of weights and data; start: the model it begins from."""
+
+    kind: str  # "policy" or "reward"
+    width: int
+    inner: int
+    layers: int
+    heads: int
+    tokens: int
+    seed: int
+    start: str | None = None
+
+
+NAMES: dict[str, Spec] = {
+    "arith-xs": Spec("policy", width=64, inner=176, layers=2, heads=4, tokens=10_000_000, seed=1),
+    "arith-s": Spec("policy", width=96, inner=256, layers=3, heads=3, tokens=10_000_000, seed=2),
+    "arith-m": Spec("policy", width=96, inner=256, layers=6, heads=3, tokens=10_000_000, seed=3),
+    "arith-prm-s": Spec("reward", width=96, inner=256, layers=3, heads=3, tokens=10_000_000, seed=4, start="arith-s"),
+}
+
+
+def spec(name: str) -> Spec:
+    """The Spec of a name; raises ValueError with the nearest name for an unknown one."""
+    if name not in NAMES:
+        near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
+        raise ValueError(f"the zoo has no model {name!r}; the nearest name is {near!r}, and all are {', '.join(NAMES)}")
+    return NAMES[name]
+
+
+def path(name: str) -> Path:
+    """The directory of a shipped model. Raises ValueError with the nearest name, or with what to do when its weights are absent."""
+    spec(name)
+    directory = Path(__file__).parent / "models" / name
+    if not (directory / "model.safetensors").is_file():
+        raise ValueError(f"the weights of {name} are not installed: run `hasten zoo train {name}`, or reinstall hasten with its package data")
+    return directory

@@ -1,0 +1,63 @@
+"""Saving a trained model as an ordinary transformers checkpoint in 16 bits, with its tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from hasten.zoo import tokenizer
+from hasten.zoo.model import MAX_POSITIONS, THETA, VOCABULARY, Llama
+
+
+def config(model: Llama, **more: object) -> object:
+    from transformers import LlamaConfig
+
+    size = model.size
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=size.width,
+        intermediate_size=size.inner,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads,
+        max_position_embeddings=MAX_POSITIONS,
+        rope_parameters={"rope_type": "default", "rope_theta": THETA},
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.BOS,
+        eos_token_id=tokenizer.EOS,
+        pad_token_id=tokenizer.PAD,
+        **more,
+    )
+
+
+def policy(model: Llama, name: str, out: Path, record: dict) -> Path:
+    """Write a policy to `out` (config, float16 weights, tokenizer, generation config, training.json); returns it."""
+    from transformers import GenerationConfig, LlamaForCausalLM
+
+    theirs = LlamaForCausalLM(config(model))
+    missing, unexpected = theirs.load_state_dict(model.state_dict(), strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+    theirs.tie_weights()
+    generation = {"bos_token_id": tokenizer.BOS, "eos_token_id": tokenizer.EOS, "pad_token_id": tokenizer.PAD}
+    theirs.generation_config = GenerationConfig(**generation, max_new_tokens=128)
+    return _write(theirs, out, record)
+
+
+def _write(theirs: torch.nn.Module, out: Path, record: dict) -> Path:
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    theirs.to(torch.float16).save_pretrained(part)
+    tokenizer.build().save_pretrained(part)
+    (part / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    if out.is_dir():
+        for old in out.iterdir():  # keep a card that is there
+            if not (part / old.name).exists():
+                shutil.copy2(old, part / old.name)
+        shutil.rmtree(out)
+    part.rename(out)
+    return out

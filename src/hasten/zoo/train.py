@@ -1,0 +1,150 @@
+"""Training of the zoo's policies, on one core in minutes: `train("arith-s")`.
+
+The data are endless and a pure function of (seed, step), so a run that was stopped and resumed ends in the same weights as one that was not.
+Muon and a curriculum in K are what makes these tasks learnable in ten million tokens; the linear decay to zero over the last half is
+worth several points.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hasten.zoo import NAMES, Spec, arith, data, spec
+from hasten.zoo.model import Llama, Size
+from hasten.zoo.muon import Muon
+
+ROWS = 8  # rows of 216 tokens a step
+CHECKPOINT_SECONDS = 120.0
+Progress = Callable[[dict], None]
+
+
+def cache(name: str) -> Path:
+    """Where a model's checkpoints lie: $HASTEN_CACHE/zoo/NAME, by default ~/.cache/hasten/zoo/NAME."""
+    root = os.environ.get("HASTEN_CACHE")
+    return (Path(root) if root else Path.home() / ".cache" / "hasten") / "zoo" / name
+
+
+def size(s: Spec) -> Size:
+    return Size(s.width, s.inner, s.layers, s.heads)
+
+
+def scale(done: float) -> float:
+    """Learning-rate factor after a share `done` of training: a short rise, level, then linear to zero over the last half."""
+    return min(1.0, done / 0.01 + 0.02, (1.0 - done) / 0.5)
+
+
+def most(done: float) -> int:
+    """The curriculum: the largest K, 2 in the first 5 % of training and all eight from 25 % on."""
+    return min(arith.MAX_STEPS, max(2, 2 + int((done - 0.05) / 0.20 * 6)))
+
+
+def loss_of(model: Llama, b: data.Batch) -> Tensor:
+    """Mean cross-entropy over the solutions' tokens, in nats."""
+    logits = model.logits(model(b.ids, b.positions, b.mask()))
+    return F.cross_entropy(logits.flatten(0, 1), b.targets.flatten(), ignore_index=-100)
+
+
+def train(
+    name: str,
+    out: str | Path | None = None,
+    seconds: float | None = None,
+    resume: bool = True,
+    progress: Progress | None = None,
+    steps: int | None = None,
+) -> Path:
+    """Train a model of the zoo and save it to `out` (default: beside its checkpoints); returns the directory.
+
+    seconds stops early with a checkpoint and what there is saved; the schedule is that of the whole run, so a later call goes on where this
+    one stopped. resume=False starts anew. steps overrides the length of the run. progress gets {"step", "steps", "loss", "seconds"} every
+    50 steps. Raises ValueError for an unknown name.
+    """
+    s = spec(name)
+    if s.kind == "reward":
+        from hasten.zoo import reward
+
+        return reward.train(name, out=out, seconds=seconds, resume=resume, progress=progress)
+    run = Run(name, s, steps or s.tokens // (ROWS * data.ROW))
+    if resume:
+        run.load()
+    run.go(seconds, progress)
+    from hasten.zoo import save
+
+    return save.policy(run.model, name, Path(out) if out else cache(name) / "model", run.record())
+
+
+class Run:
+    """One training run: model, optimizer, step and clocks, with a checkpoint on disk."""
+
+    def __init__(self, name: str, s: Spec, steps: int) -> None:
+        torch.manual_seed(s.seed)
+        self.name, self.spec, self.steps, self.step = name, s, steps, 0
+        self.seconds = self.cpu = 0.0
+        self.model = Llama(size(s), s.seed)
+        self.optimizer = Muon(self.model)
+        self.file = cache(name) / "checkpoint.pt"
+
+    def go(self, seconds: float | None, progress: Progress | None) -> None:
+        start, wall, cpu = time.monotonic(), time.monotonic(), time.process_time()
+        saved = start
+        while self.step < self.steps and (seconds is None or time.monotonic() - start < seconds):
+            done = self.step / self.steps
+            loss = loss_of(self.model, data.batch(self.spec.seed, self.step, ROWS, most(done)))
+            loss.backward()
+            self.optimizer.step(scale(done))
+            self.model.zero_grad(set_to_none=True)
+            self.step += 1
+            now = time.monotonic()
+            self.seconds, self.cpu = self.seconds + now - wall, self.cpu + time.process_time() - cpu
+            wall, cpu = now, time.process_time()
+            if progress and self.step % 50 == 0:
+                progress({"step": self.step, "steps": self.steps, "loss": loss.item(), "seconds": self.seconds})
+            if now - saved > CHECKPOINT_SECONDS:
+                self.save()
+                saved = now
+        self.save()
+
+    def record(self) -> dict:
+        """What the card says of the run."""
+        tokens = self.step * ROWS * data.ROW
+        return {"name": self.name, "spec": asdict(self.spec), "steps": self.step, "of": self.steps, "tokens": tokens, "seconds": self.seconds, "cpu": self.cpu}
+
+    def save(self) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        part = self.file.with_suffix(".part")
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state(), "run": json.dumps(self.record())}
+        torch.save(state, part)
+        part.rename(self.file)
+
+    def load(self) -> None:
+        """Go on from the checkpoint if there is one of the same run; another setting's is left alone and overwritten later."""
+        if not self.file.is_file():
+            return
+        state = torch.load(self.file, weights_only=True)
+        run = json.loads(state["run"])
+        if run["spec"] != asdict(self.spec) or run["of"] != self.steps:
+            return
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load(state["optimizer"])
+        self.step, self.seconds, self.cpu = run["steps"], run["seconds"], run["cpu"]
+
+
+def main(names: list[str] | None = None) -> None:
+    """`python -m hasten.zoo.train NAME...`: trains with one thread and prints progress to stderr."""
+    import sys
+
+    torch.set_num_threads(1)
+    for name in names or sys.argv[1:] or list(NAMES):
+        print(train(name, progress=lambda p: print(json.dumps(p), file=sys.stderr, flush=True)))
+
+
+if __name__ == "__main__":
+    main()
