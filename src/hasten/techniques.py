@@ -26,9 +26,11 @@ Exactness = Literal["identical", "distribution", "approximate"]
 
 @dataclass(frozen=True, slots=True)
 class Technique:
-    """slot: what it changes. family: which models it applies to. exactness: `identical` (the same tokens as without it), `distribution`
-    (the same law) or `approximate` (a measured loss); a strategy answers with another law than one sample, so it is approximate.
-    module: dotted path, imported when used. wraps: a strategy that runs another one inside.
+    """slot: what it changes. family: which models it applies to. module: dotted path, imported when used.
+
+    exactness: `identical` (the same tokens as without it, same seed), `distribution` (the same law) or `approximate` (other answers, whose
+    quality is measured). A constraint says what may be committed, so its yardstick is plain decoding under the same constraint; a
+    strategy answers with another law than one sample, so it is approximate.
     """
 
     name: str
@@ -38,20 +40,21 @@ class Technique:
     summary: str
     paper: str
     module: str
-    wraps: bool = False
 
 
 # fmt: off
+# fmt: off
 _ALL = (
     Technique("plain", "decode", "lm", "identical", "one token a forward pass", "", "hasten.lm.decode.plain"),
-    Technique("ngram", "decode", "lm", "identical", "propose what followed the same words before", "Saxena 2023", "hasten.lm.decode.ngram"),
-    Technique("allowed", "constraint", "lm", "approximate", "commit only tokens of a fixed set", "", "hasten.lm.constrain.allowed"),
+    Technique("ngram", "decode", "lm", "identical", "propose what followed the same tokens before", "Saxena 2023", "hasten.lm.decode.ngram"),
+    Technique("allowed", "constraint", "lm", "identical", "commit only tokens of a fixed set", "", "hasten.lm.constrain.allowed"),
     Technique("prefix", "reuse", "lm", "identical", "compute a shared prefix once", "arXiv:2312.07104", "hasten.lm.prefix"),
-    Technique("vote", "strategy", "any", "approximate", "the most frequent of n answers", "arXiv:2203.11171", "hasten.strategies.vote"),
-    Technique("best-of-n", "strategy", "any", "approximate", "the sample with the best reward", "arXiv:2110.14168", "hasten.strategies.best_of_n"),
+    Technique("vote", "strategy", "any", "approximate", "most frequent answer of n samples", "arXiv:2203.11171", "hasten.strategies.vote"),
+    Technique("best-of-n", "strategy", "any", "approximate", "the sample a reward model prefers", "arXiv:2110.14168", "hasten.strategies.best_of_n"),
 )
 # fmt: on
 TECHNIQUES: dict[str, Technique] = {technique.name: technique for technique in _ALL}
+_SLOTS: tuple[Slot, ...] = ("transform", "reuse", "decode", "constraint", "strategy")
 _WEAKER: tuple[Exactness, ...] = ("identical", "distribution", "approximate")
 
 
@@ -88,29 +91,33 @@ def options_of(name: str) -> list[Option]:
     return [_option(f, docs.get(f.name, "")) for f in fields(cls)]
 
 
-def options_for(use: Use) -> Any:
+def make_options(name: str, given: Mapping[str, Any]) -> Any:
     """The technique's `Options` with the values given. UserError for an unknown option, a value of the wrong type or out of range."""
-    cls = module_of(use.name).Options
+    cls = module_of(name).Options
     hints = typing.get_type_hints(cls)
     known = {f.name: hints[f.name] for f in fields(cls)}
     try:
-        return cls(**{key: _converted(use.name, key, value, known) for key, value in use.options.items()})
-    except TypeError as error:
-        raise UserError(f"technique {use.name!r}: {error}") from error
+        return cls(**{key: _converted(name, key, value, known) for key, value in given.items()})
+    except TypeError as error:  # an option without a default was not given
+        raise UserError(f"technique {name!r}: {error}") from error
+
+
+def options_for(use: Use) -> Any:
+    """`make_options` of one use in a recipe."""
+    return make_options(use.name, use.options)
 
 
 def checked(recipe: Recipe) -> Recipe:
-    """The same recipe in its canonical form: known techniques, slots filled at most as often as they may be, options of the right types
-    and only those that differ from their defaults. UserError says what is wrong.
+    """The same recipe in its canonical form: uses in the order of the slots (transforms keep theirs), options of the right types and only
+    those that differ from their defaults. UserError for an unknown technique or option, a wrong value, or a slot filled too often.
     """
     check_slots(recipe)
-    return Recipe(recipe.model, tuple(map(_canonical, recipe.uses)))
+    ordered = sorted(recipe.uses, key=lambda use: _SLOTS.index(technique(use.name).slot))
+    return Recipe(recipe.model, tuple(map(_canonical, ordered)))
 
 
 def check_slots(recipe: Recipe) -> None:
-    """UserError if a slot is filled too often: any transforms, one reuse a family, one decode, one constraint, one strategy that may
-    stand inside one that wraps.
-    """
+    """UserError if a slot is filled too often: any transforms, one reuse a family, one decode, one constraint, one strategy."""
     used = [technique(use.name) for use in recipe.uses]
     places = Counter(_place(t) for t in used if t.slot != "transform")
     for place, count in places.items():
@@ -125,7 +132,9 @@ def exactness(recipe: Recipe) -> Exactness:
 
 
 def why_not(recipe: Recipe, target: Any = None) -> str | None:
-    """A sentence when some technique of the recipe cannot apply to the target, else None. UserError if the recipe itself is wrong."""
+    """A sentence when some technique of the recipe cannot apply to the target (see `hasten.load.Target`), else None. UserError if the
+    recipe itself is wrong.
+    """
     check_slots(recipe)
     return next((reason for use in recipe.uses if (reason := _reason(use, target))), None)
 
@@ -137,8 +146,7 @@ def _reason(use: Use, target: Any) -> str | None:
 
 def _place(t: Technique) -> str:
     """What two techniques of one recipe must not share."""
-    qualifier = f"{t.family} " if t.slot == "reuse" else "wrapping " if t.wraps else ""
-    return qualifier + t.slot
+    return f"{t.family} reuse" if t.slot == "reuse" else t.slot
 
 
 def _canonical(use: Use) -> Use:
