@@ -173,15 +173,18 @@ def facts(model: Any) -> Facts:
 
     seen: dict[int, tuple[int, int]] = {}
     probe = _Probe(seen)
-    forward(model, torch.zeros(1, dtype=torch.long, device=model.device), torch.zeros(1, dtype=torch.long, device=model.device), None, probe)
+    forward(
+        model, torch.zeros(1, dtype=torch.long, device=model.device), torch.zeros(1, dtype=torch.long, device=model.device), None, probe
+    )
     config = model.config.get_text_config(decoder=True)
     layers = int(config.num_hidden_layers)
     if sorted(seen) != list(range(layers)):
-        raise UserError(f"{type(model).__name__}: {layers - len(seen)} of its {layers} layers keep another state than keys and values, or do not use transformers' attention interface")
+        what = "keep another state than keys and values, or do not use transformers' attention interface"
+        raise UserError(f"{type(model).__name__}: {layers - len(seen)} of its {layers} layers {what}")
     if len(set(seen.values())) != 1:
         raise UserError(f"{type(model).__name__}: its layers store keys of different shapes, which the cache does not hold")
     kv_heads, head_dim = seen[0]
-    reward = is_reward(model.config) or not hasattr(model, "lm_head") and model.get_output_embeddings() is None
+    reward = is_reward(model.config) or (not hasattr(model, "lm_head") and model.get_output_embeddings() is None)
     head = model.get_output_embeddings()
     return Facts(
         layers, kv_heads, head_dim, max_length(config), 1 if reward else int(head.weight.shape[0]), _end_ids(model), reward,

@@ -29,7 +29,7 @@ class Sampling:
     `logprobs` = k asks for the chosen token's log-probability and those of the k most likely (0: the chosen only, None: none).
     """
 
-    max_tokens: int = 256
+    max_tokens: int | None = None  # None: 256, or what the model's context has room for
     min_tokens: int = 0
     temperature: float = 0.0
     top_k: int = 0  # 0: all

@@ -8,13 +8,21 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
-    AutoModelForCausalLM, GemmaConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config,
+    AutoModelForCausalLM,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
 )  # fmt: skip
 
-COMMON = dict(
-    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-    bos_token_id=1, eos_token_id=2, pad_token_id=0,
-)  # fmt: skip
+COMMON = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
 CONFIGS: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**COMMON),
     "qwen2": lambda: Qwen2Config(**COMMON, use_sliding_window=True, sliding_window=12, max_window_layers=1),
@@ -23,7 +31,9 @@ CONFIGS: dict[str, Any] = {
     "phi3": lambda: Phi3Config(**COMMON),
     "gpt_neox": lambda: GPTNeoXConfig(**{k: v for k, v in COMMON.items() if k != "num_key_value_heads"}),
     "gemma": lambda: GemmaConfig(**COMMON, head_dim=16),
-    "gpt2": lambda: GPT2Config(vocab_size=97, n_embd=32, n_layer=3, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2, pad_token_id=0),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=97, n_embd=32, n_layer=3, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2, pad_token_id=0
+    ),
 }
 
 
@@ -35,7 +45,7 @@ def make(family: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
         for p in model.parameters():
             if p.dim() > 1:
                 p.normal_(0, 0.3)
-    return model
+    return model.requires_grad_(False)
 
 
 def reference(model: Any, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:

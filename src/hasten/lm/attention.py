@@ -46,19 +46,21 @@ class Cluster:
         self.slots = None if self.ranged else torch.tensor(slots, device=device)
         self.whole = len(self.spans) == len(self.rows) and [s.offset for s in self.spans] == list(range(0, total, self.width))
         self.whole = self.whole and all(s.n == self.width for s in self.spans) and len(self.spans) * self.width == total
-        self.gather, self.source, self.target = (None, None, None) if self.whole else self._indices()
+        self.indices = None if self.whole else self._indices()
         self.masks: dict[tuple[int | None, int], torch.Tensor | None] = {}
 
     def _indices(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """gather: packed index of each padded query; source/target: padded index of each packed token, and that token."""
         w = self.width
-        gather, source, target = [], [], []
+        gather: list[int] = []
+        source: list[int] = []
+        target: list[int] = []
         for i, s in enumerate(self.rows):
             gather += [0] * w if s is None else [s.offset + min(t, s.n - 1) for t in range(w)]
             if s is not None:
                 source += range(i * w, i * w + s.n)
                 target += range(s.offset, s.offset + s.n)
-        return tuple(torch.tensor(x, device=self.device) for x in (gather, source, target))  # type: ignore[return-value]
+        return torch.tensor(gather, device=self.device), torch.tensor(source, device=self.device), torch.tensor(target, device=self.device)
 
     def mask(self, window: int | None, groups: int) -> torch.Tensor | None:
         """Additive mask [rows, 1, groups * width, length]; None where every query sees every key."""
@@ -81,11 +83,13 @@ class Cluster:
         mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill_(~seen, float("-inf"))
         return mask.repeat(1, groups, 1)[:, None]
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, window: int | None, cap: float | None) -> torch.Tensor:
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, window: int | None, cap: float | None
+    ) -> torch.Tensor:
         """q [N, heads, dim], k and v [slots, capacity, kv_heads, dim] -> [rows * width, heads, dim]."""
         kv, dim = k.shape[2], k.shape[3]
         groups, rows, w = q.shape[1] // kv, len(self.rows), self.width
-        q = q if self.gather is None else q.index_select(0, self.gather)
+        q = q if self.indices is None else q.index_select(0, self.indices[0])
         q = q.reshape(rows, w, kv, groups, dim).permute(0, 2, 3, 1, 4).reshape(rows, kv, groups * w, dim)
         k, v = (self._rows(x)[:, : self.length].transpose(1, 2) for x in (k, v))
         mask = self.mask(window, groups)
@@ -116,7 +120,9 @@ class Plan:
         self.where = torch.tensor(where, device=device)
         self.clusters = [Cluster(g, total, cache.active, device, cache.shape.dtype) for g in grouped(spans)]
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, window: int | None, cap: float | None) -> torch.Tensor:
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, window: int | None, cap: float | None
+    ) -> torch.Tensor:
         """q [1, heads, N, dim], k and v [1, kv_heads, N, dim] -> [1, N, heads, dim]."""
         keys, values = self.cache.layer(layer)
         for new, store in ((k, keys), (v, values)):
@@ -128,10 +134,11 @@ class Plan:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         for c in self.clusters:
             part = c.attend(q, keys, values, scale, window, cap)
-            if c.target is None:
+            if c.indices is None:
                 out.copy_(part)
             else:
-                out.index_copy_(0, c.target, part.index_select(0, c.source))
+                _, source, target = c.indices
+                out.index_copy_(0, target, part.index_select(0, source))
         return out[None]
 
 
@@ -155,4 +162,4 @@ def attention(
     """The function that transformers calls in place of its own attention (its attention interface)."""
     if hasten is None:
         raise RuntimeError("this model's attention belongs to a hasten engine; load a second copy for other uses")
-    return hasten.attend(module.layer_idx, query, key, value, scaling, sliding_window, softcap), None  # type: ignore[arg-type]
+    return hasten.attend(module.layer_idx, query, key, value, scaling, sliding_window, softcap), None

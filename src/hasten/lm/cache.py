@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+MARGIN = 16  # positions that running rows must be able to grow by when another one comes in
 HEAD = 4  # rows are indexed by their first tokens; a shorter common prefix is cheaper to compute again than to look for
 
 
@@ -141,17 +142,19 @@ class RaggedCache:
         """Make room for rows of `length` positions and `extra` more rows, giving up retained rows if need be; False if that is not enough."""
         if length > self.max_len:
             return False
-        capacity = self.capacity if length <= self.capacity else _grown(self.capacity, length, self.max_len)
-        if (self.active + extra) * capacity > self.budget:
-            capacity = max(self.capacity, length)
-        need = self.active + extra + sum(1 for e in self.entries[self.active :] if e is not None and e.pinned and e is not spare)
-        if need * capacity > self.budget:
+        held = [e for e in self.entries if e is not None and (e.active or e.pinned) and e is not spare]
+        capacity = self._fitting(length, len(held) + extra, held, MARGIN if extra else 0)
+        if capacity is None:
             return False
-        most = min(self.max_slots + sum(1 for e in self.entries if e is not None and e.pinned), self.budget // max(capacity, 1))
+        most = min(self.max_slots + len(held) - self.active, self.budget // capacity)
+        for entry in self.entries[self.active :] if capacity < self.capacity else ():
+            if entry is not None and entry.length > capacity and not entry.pinned and entry is not spare:
+                self._evict(entry)
         while self._used() + extra - (spare is not None) > most and self._evict_oldest(spare):
             pass
-        if capacity > self.capacity or need > len(self.entries) or (self._used() + extra > len(self.entries) and len(self.entries) < most):
-            self._resize(min(most, max(need, self._used() + extra, 2 * len(self.entries), 4)), capacity)
+        used = self._used() + extra - (spare is not None)
+        if capacity != self.capacity or used > len(self.entries):
+            self._resize(min(most, max(used, 2 * len(self.entries), 4)), capacity)
         return True
 
     @property
@@ -163,6 +166,17 @@ class RaggedCache:
         k, v = self.data[index]
         heads = (*k.shape[:2], self.shape.kv_heads, self.shape.head_dim)
         return k.view(heads), v.view(heads)
+
+    def _fitting(self, length: int, rows: int, held: list[Entry], margin: int) -> int | None:
+        """A capacity that holds `rows` rows, those held and one of `length`, in the budget; None if there is none.
+
+        As long as it was if that will do; larger in powers of two while there is room; smaller when a former long row left it too large.
+        A new row (margin > 0) must leave those that run room to go on for a while, or rows would push each other out in turn.
+        """
+        longest = max([length, *(min(e.length + margin, self.max_len) for e in held)])
+        wanted = self.capacity if length <= self.capacity else _grown(self.capacity, length, self.max_len)
+        capacity = min(wanted, self.budget // max(rows, 1))
+        return capacity if capacity >= longest or (not held and capacity >= length) else None
 
     # --- inside -----------------------------------------------------------------------------------------------------------------
 
@@ -226,7 +240,6 @@ class RaggedCache:
     def _resize(self, slots: int, capacity: int) -> None:
         """New buffers; rows keep their order, idle ones close up behind those in use."""
         s = self.shape
-        capacity = max(capacity, self.capacity)
         data = torch.zeros(s.layers, 2, slots, capacity, s.kv_heads * s.head_dim, dtype=s.dtype, device=s.device)
         kept = [e for e in self.entries if e is not None]
         for slot, entry in enumerate(kept):

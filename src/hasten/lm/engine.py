@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,14 +16,16 @@ import torch
 from hasten import hf
 from hasten.flops import model_cost
 from hasten.lm import sampler, text
-from hasten.lm.cache import Entry, RaggedCache, Shape
 from hasten.lm.attention import Plan, Span
+from hasten.lm.cache import Entry, RaggedCache, Shape
 from hasten.lm.constrain import Constraint, pruned
 from hasten.lm.decode import Decode
 from hasten.lm.decode.plain import Plain
 from hasten.lm.scheduler import Row, Scheduler, Work
 from hasten.usage import Usage
 from hasten.values import Event, Key, Request, Result, UserError
+
+DEFAULT_TOKENS = 256
 
 
 class TokenEngine:
@@ -46,7 +49,9 @@ class TokenEngine:
         parameter = next(model.parameters())
         shape = Shape(self.facts.layers, self.facts.kv_heads, self.facts.head_dim, parameter.dtype, parameter.device)
         budget = max(1, (memory or _spare_memory(parameter.device)) // shape.bytes_per_position)
-        self.cache = RaggedCache(shape, budget=budget, max_len=min(max_len or self.facts.max_len, self.facts.max_len), max_rows=max_rows, retained=retained)
+        self.cache = RaggedCache(
+            shape, budget=budget, max_len=min(max_len or self.facts.max_len, self.facts.max_len), max_rows=max_rows, retained=retained
+        )
         self.scheduler = Scheduler(self.cache, max_rows=max_rows, step_tokens=step_tokens, share=share)
         self.forward_seconds = 0.0
         self.steps = 0
@@ -66,6 +71,9 @@ class TokenEngine:
         if key in self._groups:
             raise ValueError(f"key {key!r} is in use")
         tokens = self._tokens(request)
+        if request.sampling.max_tokens is None:
+            room = max(0, min(DEFAULT_TOKENS, self.cache.max_len - len(tokens)))
+            request = replace(request, sampling=replace(request.sampling, max_tokens=room))
         self._check(request, tokens)
         for old in request.release:
             self._unpin(old)
@@ -99,10 +107,12 @@ class TokenEngine:
             raise UserError("the prompt is empty")
         size = self.model.get_input_embeddings().weight.shape[0]
         if not 0 <= min(tokens) <= max(tokens) < size:
-            raise UserError(f"prompt: token id {min(tokens) if min(tokens) < 0 else max(tokens)} is outside the model's vocabulary of {size}")
+            raise UserError(
+                f"prompt: token id {min(tokens) if min(tokens) < 0 else max(tokens)} is outside the model's vocabulary of {size}"
+            )
         if self.facts.reward and not request.score:
             raise UserError("this is a reward model: it answers score requests only")
-        need = len(tokens) + (0 if request.score else s.max_tokens)
+        need = len(tokens) + (0 if request.score else s.max_tokens or 0)
         if need > limit:
             what = f"{len(tokens)} prompt tokens" + ("" if request.score else f" + max_tokens={s.max_tokens}")
             raise UserError(f"request {request.id or ''}".rstrip() + f": {what} = {need} positions, but the cache holds {limit} a row")
@@ -129,7 +139,7 @@ class TokenEngine:
     def _propose(self, works: Sequence[Work]) -> None:
         """Ask the decode technique for tokens to try after rows that decode; the constraint prunes them before the pass."""
         ready = [w for w in works if w.n == 1 and w.outputs == 1 and w.row.generated and not w.row.request.score]
-        room = [min(w.row.request.sampling.max_tokens - w.row.generated - 1, self.cache.max_len - len(w.row.tokens)) for w in ready]
+        room = [min(w.row.limit - w.row.generated - 1, self.cache.max_len - len(w.row.tokens)) for w in ready]
         for work, proposal in zip(ready, self.decode.propose([w.row for w in ready], room), strict=True):
             work.proposal = proposal if not proposal or self.scheduler.extend(work, len(proposal)) else []
         if self.constraint is not None:
@@ -144,11 +154,11 @@ class TokenEngine:
         spans: list[Span] = []
         for w in works:
             tokens = w.row.tokens[w.start : w.start + w.n] + w.proposal
-            spans.append(Span(w.row.entry.slot, w.start, w.width, len(ids)))  # type: ignore[union-attr]
+            spans.append(Span(w.row.entry.slot, w.start, w.width, len(ids)))
             ids += tokens
             positions += range(w.start, w.start + w.width)
             outputs += range(len(ids) - len(w.proposal) - w.outputs, len(ids) if w.outputs else len(ids) - len(w.proposal))
-            w.row.entry.tokens += tokens  # type: ignore[union-attr]
+            w.row.entry.tokens += tokens
         device = self.cache.shape.device
         plan = Plan(self.cache, spans)
         began = time.perf_counter()
@@ -186,7 +196,11 @@ class TokenEngine:
                 picks.append((w, span))
         if not picks:
             return
-        rows = logits if len(picks) == len(works) and sum(s.stop - s.start for _, s in picks) == at else torch.cat([logits[s] for _, s in picks])
+        rows = (
+            logits
+            if len(picks) == len(works) and sum(s.stop - s.start for _, s in picks) == at
+            else torch.cat([logits[s] for _, s in picks])
+        )
         chosen = sampler.choose(rows, [c for w, _ in picks for c in self._choices(w)], self._mask([w for w, _ in picks], rows))
         start = 0
         for w, span in picks:
@@ -221,11 +235,11 @@ class TokenEngine:
         for token in committed:
             row.tokens.append(token)
             kept += 1
-            if token in ends and row.generated > s.min_tokens:
+            if (token in ends and row.generated > s.min_tokens) or (
+                s.stop and row.generated >= s.min_tokens and text.stopped(self.tokenizer, row.tokens[row.prompt :], 1, s.stop)
+            ):
                 finish = "stop"
-            elif s.stop and row.generated >= s.min_tokens and text.stopped(self.tokenizer, row.tokens[row.prompt :], 1, s.stop):
-                finish = "stop"
-            elif row.generated >= s.max_tokens:
+            elif row.generated >= row.limit:
                 finish = "length"
             if finish:
                 break
@@ -233,7 +247,7 @@ class TokenEngine:
             for token in committed[:kept]:
                 row.constraint_state = self.constraint.advance(row.constraint_state, token)
         row.accepted += max(0, min(kept, len(committed) - 1))
-        self.cache.truncate(row.entry, len(row.tokens) - 1)  # type: ignore[arg-type]
+        self.cache.truncate(row.entry, len(row.tokens) - 1)
         row.first, row.last = row.first or now, now
         if s.logprobs is not None:
             row.logprobs += sampler.logprobs(raw[:kept], committed[:kept], s.logprobs)
@@ -301,8 +315,6 @@ class _Group:
 
 
 def _with_others(first: Result, others: list[Result]) -> Result:
-    from dataclasses import replace
-
     return replace(first, others=tuple(others)) if others else first
 
 

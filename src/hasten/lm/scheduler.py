@@ -53,6 +53,11 @@ class Row:
         return len(self.tokens) - self.prompt
 
     @property
+    def limit(self) -> int:
+        """Tokens it may generate; the engine has put a number where the user left it open."""
+        return self.request.sampling.max_tokens or 0
+
+    @property
     def pending(self) -> int:
         """Known tokens that are not computed yet."""
         return len(self.tokens) - (self.entry.length if self.entry else 0)

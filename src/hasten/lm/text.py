@@ -14,9 +14,9 @@ def encode(tokenizer: Any, prompt: Prompt, *, special: bool = True) -> list[int]
         return list(_needed(tokenizer)(prompt, add_special_tokens=special)["input_ids"])
     items = list(prompt)
     if all(isinstance(i, int) and not isinstance(i, bool) for i in items):
-        return [int(i) for i in items]  # type: ignore[arg-type]
+        return [int(i) for i in items]
     if all(isinstance(m, Mapping) and "role" in m and "content" in m for m in items):
-        return _chat(_needed(tokenizer), items)  # type: ignore[arg-type]
+        return _chat(_needed(tokenizer), items)
     raise UserError("a prompt is a string, a list of token ids, or a list of chat messages with 'role' and 'content'")
 
 
