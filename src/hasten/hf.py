@@ -104,6 +104,7 @@ def prepare(model: Any) -> Any:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     from hasten.lm.attention import attention
+    from hasten.lm.linear import pack
 
     why = why_not(model.config)
     if why:
@@ -114,7 +115,7 @@ def prepare(model: Any) -> Any:
         model.set_attn_implementation(ATTENTION)
     except (ValueError, AttributeError, KeyError) as e:
         raise UserError(f"{type(model).__name__}: its attention cannot be replaced ({_one_line(e)})") from None
-    return model.eval().requires_grad_(False)
+    return pack(model.eval().requires_grad_(False), spare_memory(model.device))
 
 
 def why_not(config: Any) -> str | None:
@@ -153,6 +154,15 @@ def best_dtype(config: Any, device: str) -> torch.dtype:
         return stored
     native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if stored == torch.bfloat16 and native else torch.float32
+
+
+def spare_memory(device: torch.device) -> int:
+    """Bytes that are free now on a device."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def named_dtype(name: str) -> torch.dtype:

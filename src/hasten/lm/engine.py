@@ -48,7 +48,7 @@ class TokenEngine:
         self.costs = model_cost(model)
         parameter = next(model.parameters())
         shape = Shape(self.facts.layers, self.facts.kv_heads, self.facts.head_dim, parameter.dtype, parameter.device)
-        budget = max(1, (memory or _spare_memory(parameter.device)) // shape.bytes_per_position)
+        budget = max(1, (memory or hf.spare_memory(parameter.device) // 4) // shape.bytes_per_position)
         self.cache = RaggedCache(
             shape, budget=budget, max_len=min(max_len or self.facts.max_len, self.facts.max_len), max_rows=max_rows, retained=retained
         )
@@ -316,12 +316,3 @@ class _Group:
 
 def _with_others(first: Result, others: list[Result]) -> Result:
     return replace(first, others=tuple(others)) if others else first
-
-
-def _spare_memory(device: torch.device) -> int:
-    """A quarter of the memory that is free now."""
-    import os
-
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0]) // 4
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
