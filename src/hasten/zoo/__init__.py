@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
+
+from hasten.values import UserError, did_you_mean
+
+from hasten.values import UserError, did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +36,18 @@ NAMES: dict[str, Spec] = {
 
 
 def spec(name: str) -> Spec:
-    """The Spec of a name; raises ValueError with the nearest name for an unknown one."""
+    """The Spec of a name; raises UserError with the nearest name for an unknown one."""
     if name not in NAMES:
-        near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
-        raise ValueError(f"the zoo has no model {name!r}; the nearest name is {near!r}, and all are {', '.join(NAMES)}")
+        raise UserError(f"the zoo has no model {name!r}{did_you_mean(name, NAMES)}")
     return NAMES[name]
 
 
 def path(name: str) -> Path:
-    """The directory of a shipped model. Raises ValueError with the nearest name, or with what to do when its weights are absent."""
+    """The directory of a shipped model. Raises UserError with the nearest name, or with what to do when its weights are absent."""
     spec(name)
     directory = Path(__file__).parent / "models" / name
     if not (directory / "model.safetensors").is_file():
-        raise ValueError(f"the weights of {name} are not installed: run `hasten zoo train {name}`, or reinstall hasten with its package data")
+        raise UserError(
+            f"the weights of {name} are not installed: run `hasten zoo train {name}`, or reinstall hasten with its package data"
+        )
     return directory

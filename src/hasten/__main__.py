@@ -1,0 +1,5 @@
+"""`python -m hasten` is the `hasten` command."""
+
+from hasten.cli import main
+
+main()
