@@ -33,8 +33,13 @@ def test_equal_recipes_hash_equal_whatever_the_order_of_options(recipe):
     assert turned.fingerprint == recipe.fingerprint
 
 
+def test_slots_have_an_order_so_that_the_written_order_does_not_matter():
+    assert str(Recipe.parse("m +vote +ngram +prefix")) == "m +prefix +ngram +vote"
+    assert Recipe.parse("m +vote +ngram") == Recipe.parse("m +ngram +vote")
+
+
 def test_different_recipes_have_different_fingerprints():
-    texts = ["m", "n", "m +vote", "m +vote(n=4)", 'm +vote(extract=line)', "m +ngram +vote", "m +vote +ngram"]
+    texts = ["m", "n", "m +vote", "m +vote(n=4)", "m +vote(extract=line)", "m +ngram +vote"]
     assert len({Recipe.parse(text).fingerprint for text in texts}) == len(texts)
 
 

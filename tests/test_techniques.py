@@ -8,7 +8,7 @@ import pytest
 
 from hasten import techniques
 from hasten.recipe import Recipe, Use
-from hasten.techniques import TECHNIQUES, Technique, exactness, module_of, options_of, why_not
+from hasten.techniques import TECHNIQUES, Technique, exactness, make_options, module_of, options_of, why_not
 from hasten.values import UserError
 
 
@@ -41,15 +41,19 @@ def test_why_not():
 
 
 def test_any_number_of_transforms_and_one_reuse_a_family(monkeypatch):
-    def entry(name, slot, family="lm", wraps=False):
-        return Technique(name, slot, family, "identical", "", "", "hasten.lm.decode.plain", wraps)
+    for name, slot, family in (("prune", "transform", "any"), ("int8", "transform", "any"), ("cache", "reuse", "dlm")):
+        monkeypatch.setitem(TECHNIQUES, name, Technique(name, slot, family, "identical", "", "", "hasten.lm.decode.plain"))
+    text = "m +prune +int8 +prune +prefix +cache"
+    assert str(Recipe.parse(text)) == text
+    with pytest.raises(UserError, match="both dlm reuse"):
+        Recipe.parse("m +cache +cache")
 
-    rows = [entry("int8", "transform"), entry("cache", "reuse", "dlm"), entry("cascade", "strategy", wraps=True)]
-    for row in rows:
-        monkeypatch.setitem(TECHNIQUES, row.name, row)
-    assert str(Recipe.parse("m +int8 +int8 +prefix +cache +vote +cascade")) == "m +int8 +int8 +prefix +cache +vote +cascade"
-    with pytest.raises(UserError, match="both wrapping strategy"):
-        Recipe.parse("m +cascade +cascade")
+
+def test_options_are_made_from_plain_values():
+    assert make_options("ngram", {"k": 6.0}).k == 6
+    assert make_options("allowed", {"tokens": [1, 2]}).tokens == (1, 2)
+    with pytest.raises(UserError, match="k='six' is not a whole number"):
+        make_options("ngram", {"k": "six"})
 
 
 def test_a_technique_whose_package_is_missing_does_not_hurt_the_others(monkeypatch):
