@@ -43,7 +43,6 @@ class Technique:
 
 
 # fmt: off
-# fmt: off
 _ALL = (
     Technique("plain", "decode", "lm", "identical", "one token a forward pass", "", "hasten.lm.decode.plain"),
     Technique("ngram", "decode", "lm", "identical", "propose what followed the same tokens before", "Saxena 2023", "hasten.lm.decode.ngram"),
