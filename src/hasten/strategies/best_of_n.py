@@ -1,12 +1,14 @@
 """Best-of-n (Cobbe et al. 2021, arXiv:2110.14168; Lightman et al. 2023, arXiv:2305.20050): draw n samples, return the one a reward model likes most.
 
-Each sample is scored as soon as it is finished, with no barrier, and identical samples are scored once. With `weighted`, rewards are summed
-by answer and the best sample of the best answer wins (weighted vote; Li et al. 2023, arXiv:2206.02336).
+A sample competes if it is finished and its answer can be read; only if none is, the others do. The reward model is asked for what the choice
+needs and no more: nothing while all competing samples give one answer (at the end, the first of them is returned unscored), each competing
+sample as soon as it is finished once two answers differ, and identical samples once. With `weighted`, rewards are summed by answer and the
+best sample of the best answer wins (weighted vote; Li et al. 2023, arXiv:2206.02336).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,40 +47,56 @@ def roles(options: Options) -> dict[str, str]:
 
 
 def build(options: Options, target: Any = None) -> Strategy:
-    """Request -> generator that draws and scores `n` samples and returns the best; `target.tokenizers` (by role) says how to score."""
+    """Request -> generator that draws `n` samples, has them scored and returns the best; `target.tokenizers` (by role) says how to score.
+
+    Trace: as of a vote over the competing samples, and `rewards` (by sample, None: not scored), `chosen` (sample index), `scored` (how many).
+    """
     roles(options)
-    score = rewards.scorer(getattr(target, "tokenizers", {}))
+    scorer = rewards.scorer(getattr(target, "tokenizers", {}))
     extract = answers.chosen(options.extract, target)
 
     def best_of_n(request: Request) -> Flow:
-        drawn: dict[int, Result] = {}
-        valued: dict[tuple[int, ...], float] = {(): 0.0}  # by tokens; a sample without any is worth nothing and needs no model
-        asked: dict[Key, tuple[int, ...]] = {}
-        done = yield Ask({("sample", i): sub for i, sub in samples.siblings(request, options).items()})
-        while True:
-            new: dict[Key, Request] = {}
-            for key, result in done.items():
+        score = scorer(request)
+        drawn: dict[Key, Result] = {}  # by sample index
+        found: dict[Key, str | None] = {}
+        asked: set[Key] = set()  # token sequences sent to the reward model
+        values: dict[Key, float] = {}
+        new: Mapping[Key, Request] = samples.siblings(request, options)
+        while len(drawn) < options.n or len(values) < len(asked):
+            for key, result in (yield Ask(new)).items():
                 if key in asked:
-                    valued[asked[key]] = rewards.aggregate(options.aggregate, result.scores)
-                    continue
-                drawn[key[1]] = result  # type: ignore[index]
-                if result.tokens not in valued and result.tokens not in asked.values():
-                    asked["reward", result.tokens] = result.tokens
-                    new["reward", result.tokens] = score(request, result)
-            if len(drawn) == options.n and len(valued) == len(asked) + 1:
-                break
-            done = yield Ask(new)
-        ordered = [drawn[i] for i in range(options.n)]
-        return select(ordered, [valued[result.tokens] for result in ordered], extract, options.weighted)
+                    values[key] = rewards.aggregate(options.aggregate, result.scores)
+                else:
+                    drawn[key], found[key] = result, _answer(result, extract)
+            wanted = [drawn[i] for i in to_score(found, options.n)]
+            new = {sample.tokens: score(sample) for sample in wanted if sample.tokens and sample.tokens not in asked}
+            asked |= new.keys()
+        order = range(options.n)
+        best = select([found[i] for i in order], [values.get(drawn[i].tokens, 0.0) for i in order], options.weighted)
+        trace = {"rewards": tuple(values.get(drawn[i].tokens) for i in order), "chosen": best, "scored": len(asked)}
+        return replace(drawn[best], trace={**tally([found[i] for i in order]), **trace})
 
     return best_of_n
 
 
-def select(drawn: Sequence[Result], values: Sequence[float], extract: answers.Extractor, weighted: bool) -> Result:
-    """The sample of highest value (ties: lower index); if `weighted`, among those with the answer of the greatest summed value."""
-    found = [extract(result.text) for result in drawn]
+def _answer(sample: Result, extract: answers.Extractor) -> str | None:
+    """The answer a sample competes with; None if it was cut off at `max_tokens` or has none."""
+    return extract(sample.text) if sample.finish_reason == "stop" else None
+
+
+def to_score(found: Mapping[Key, str | None], n: int) -> list[Key]:
+    """Which of the samples drawn so far (of n; answers by index, None: does not compete) the choice needs a reward for."""
+    competing = [i for i, answer in found.items() if answer is not None]
+    if len({found[i] for i in competing}) > 1:
+        return competing
+    return [] if competing or len(found) < n else list(found)
+
+
+def select(found: list[str | None], values: list[float], weighted: bool) -> int:
+    """Index of the competing sample of highest value (ties: lower index); if `weighted`, of those with the answer of greatest summed value.
+
+    found: answers, None for a sample that does not compete; if none does, all are compared by value.
+    """
     winner = elect(found, values) if weighted else None
-    among = [i for i in range(len(drawn)) if winner is None or found[i] == winner]
-    best = max(among, key=lambda i: values[i])  # max keeps the first of equals
-    distinct = len({result.tokens for result in drawn if result.tokens})
-    return replace(drawn[best], trace={**tally(found), "rewards": tuple(values), "found": tuple(found), "chosen": best, "scored": distinct})
+    competing = [i for i, answer in enumerate(found) if answer is not None and winner in (None, answer)]
+    return max(competing or range(len(found)), key=values.__getitem__)  # max keeps the first of equals

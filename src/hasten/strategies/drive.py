@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -22,9 +22,19 @@ Strategy: TypeAlias = Callable[[Request], Flow]
 
 
 @dataclass(eq=False, slots=True)
+class _Job:
+    """One request of the outside: a run for each of its `n` samples."""
+
+    key: Key
+    started: float
+    runs: list[_Run] = field(default_factory=list)
+
+
+@dataclass(eq=False, slots=True)
 class _Run:
     """One running generator: what it waits for, what finished since, and what everything it asked for has cost."""
 
+    job: _Job
     flow: Flow
     running: dict[Key, Key] = field(default_factory=dict)  # strategy's key -> private key, of requests not cancelled
     kept: dict[Key, tuple[Engine, Key]] = field(default_factory=dict)  # requests whose cache the strategy keeps
@@ -33,23 +43,13 @@ class _Run:
     costs: dict[str, Cost] = field(default_factory=dict)
     peak_bytes: int = 0
     closed: bool = False
-    answer: Result = field(default_factory=lambda: Result(finish_reason="cancelled"))
     settled: bool = False
+    answer: Result = field(default_factory=lambda: Result(finish_reason="cancelled"))
 
     def charge(self, result: Result) -> None:
-        results = (result, *result.others)
-        self.costs = add_costs([Usage(self.costs), *(r.usage for r in results)])
-        self.peak_bytes = max(self.peak_bytes, *(r.usage.peak_bytes for r in results))
-
-
-@dataclass(eq=False, slots=True)
-class _Job:
-    """One request of the outside: a run for each of its `n` samples."""
-
-    key: Key
-    started: float
-    runs: list[_Run]
-    cancelled: bool = False
+        usages = [r.usage for r in (result, *result.others)]
+        self.costs = add_costs([Usage(self.costs), *usages])
+        self.peak_bytes = max(self.peak_bytes, *(usage.peak_bytes for usage in usages))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,8 @@ class Drive:
 
     `Request.sampling.n` = n runs the strategy n times, with `sample` counting up and n = 1; the results come back as any engine's do. A
     result's costs are those of everything its run asked for, cancelled requests included; `seconds` is wall time since `add`, `ttft` is the
-    same (a strategy's first token is known with its last) and `tpot` is therefore 0.
+    same (a strategy's first token is known with its last) and `tpot` is therefore 0. An engine that has an event still to give must not be
+    idle, and gives one last event after `cancel`.
 
     Errors: `add` raises UserError for what no strategy can serve and for a role without an engine, ValueError for a key in use. An exception
     from a strategy comes out of `add` or `step` with a note that names the request; that request is dropped and all it asked for cancelled,
@@ -76,56 +77,57 @@ class Drive:
         self.strategy = strategy
         self._jobs: dict[Key, _Job] = {}
         self._asked: dict[Key, _Asked] = {}
-        self._events: list[Event] = []  # survive an exception in `step`
+        self._ready: dict[_Run, None] = {}  # in order: runs with results to hand on, or an end to report
+        self._events: list[Event] = []  # with `_ready`, survives an exception in `step`
         self._serial = itertools.count()
 
     @property
     def idle(self) -> bool:
-        return not self._jobs and not self._events
+        return not (self._jobs or self._asked or self._events)
 
     def add(self, key: Key, request: Request) -> None:
+        """Start the strategy on a request, up to its first wait."""
         if key in self._jobs:
             raise ValueError(f"key {key!r} is in use")
         _refuse(request)
-        job = _Job(key, time.perf_counter(), [_Run(self.strategy(single)) for single in _samples(request)])
+        job = _Job(key, time.perf_counter())
+        job.runs += [_Run(job, self.strategy(single)) for single in _samples(request)]
         self._jobs[key] = job
         for run in job.runs:
-            self._resume(job, run, None)
+            self._resume(run, None)
 
     def step(self) -> list[Event]:
-        for engine in self._busy():
-            for event in engine.step():
+        """Step every engine that has work once, then resume every strategy that got a result."""
+        for engine in {id(e): e for e in self.engines.values()}.values():  # an engine may serve several roles
+            for event in [] if engine.idle else engine.step():
                 self._receive(event)
-            self._write_off(engine)
-        for job, run in self._runs():
+        if self._asked and all(engine.idle for engine in self.engines.values()):
+            self._write_off()
+        while self._ready:
+            run = next(iter(self._ready))
+            del self._ready[run]
             if run.inbox:
                 results, run.inbox = run.inbox, {}
-                self._resume(job, run, results)
-        for job in list(self._jobs.values()):
-            self._settle(job)
+                self._resume(run, results)
+            self._settle(run)
         events, self._events = self._events, []
         return events
 
     def cancel(self, key: Key) -> None:
-        """Closes the request's generators and cancels all they asked for; one last event, "cancelled", brings what they cost."""
-        job = self._jobs.get(key)
-        if job is None:
-            return
-        job.cancelled = True
-        for run in job.runs:
-            self._close(run)
+        """Close the request's generators and cancel all they asked for; its last event, "cancelled", brings what they cost."""
+        if key in self._jobs:
+            self._close(self._jobs[key].runs)
 
     # --- one run ---
 
-    def _resume(self, job: _Job, run: _Run, results: dict[Key, Result] | None) -> None:
+    def _resume(self, run: _Run, results: dict[Key, Result] | None) -> None:
         """Run a strategy up to its next wait; if that fails, drop its whole request and say which it was."""
         try:
             self._advance(run, results)
         except BaseException as error:
-            del self._jobs[job.key]
-            error.add_note(f"in the strategy that answers request {job.key!r}")
-            for each in job.runs:
-                self._close(each)
+            del self._jobs[run.job.key]
+            error.add_note(f"in the strategy that answers request {run.job.key!r}")
+            self._close(run.job.runs)
             raise
 
     def _advance(self, run: _Run, results: dict[Key, Result] | None) -> None:
@@ -135,7 +137,7 @@ class Drive:
             if not isinstance(stop.value, Result):
                 raise TypeError(f"a strategy must return a Result, not {type(stop.value).__name__}") from None
             run.answer = stop.value
-            self._close(run)
+            self._close([run])
             return
         if not isinstance(ask, Ask):
             raise TypeError(f"a strategy must yield an Ask, not {type(ask).__name__}")
@@ -171,25 +173,18 @@ class Drive:
         elif kept is not None:
             kept[0].cancel(kept[1])
 
-    def _close(self, run: _Run) -> None:
-        """End a run for good: nothing of it stays on any engine. Engines first: the generator's own clean-up may raise."""
-        run.closed = True
-        run.inbox.clear()
-        for name in [*run.running, *run.kept]:
-            self._drop(run, name)
-        run.flow.close()
+    def _close(self, runs: Iterable[_Run]) -> None:
+        """End runs for good: nothing of them stays on any engine. Engines first: a generator's own clean-up may raise."""
+        for run in runs:
+            run.closed = True
+            run.inbox.clear()
+            for name in [*run.running, *run.kept]:
+                self._drop(run, name)
+            self._ready[run] = None
+        for run in runs:
+            run.flow.close()
 
     # --- events ---
-
-    def _runs(self) -> list[tuple[_Job, _Run]]:
-        return [(job, run) for job in self._jobs.values() for run in job.runs]
-
-    def _busy(self) -> Iterator[Engine]:
-        """Each engine once, though it may serve several roles, if it has work or still owes us the end of a request."""
-        owing = {id(asked.engine) for asked in self._asked.values()}
-        for engine in {id(e): e for e in self.engines.values()}.values():
-            if id(engine) in owing or not engine.idle:
-                yield engine
 
     def _receive(self, event: Event) -> None:
         if event.result is None or event.key not in self._asked:
@@ -201,31 +196,31 @@ class Drive:
         if run.running.get(asked.name) == event.key:  # else it was cancelled: paid for, but no longer awaited
             del run.running[asked.name]
             run.inbox[asked.name] = event.result
+        self._ready[run] = None
 
-    def _write_off(self, engine: Engine) -> None:
-        """An engine with nothing left to do owes nothing: forget what was cancelled without a last event; a lost live request is a bug."""
-        if not engine.idle:
-            return
-        for private, asked in [(k, a) for k, a in self._asked.items() if a.engine is engine]:
-            if private in asked.run.running.values():
-                raise RuntimeError(f"the engine went idle without answering request {asked.name!r}")
+    def _write_off(self) -> None:
+        """No engine has anything left to do: forget what was cancelled without a last event; a live request that was lost is a bug."""
+        for private, asked in list(self._asked.items()):
+            if asked.run.running.get(asked.name) == private:
+                raise RuntimeError(f"the engines went idle without answering the strategy's request {asked.name!r}")
             del self._asked[private]
             asked.run.owed.discard(private)
+            self._ready[asked.run] = None
 
-    def _settle(self, job: _Job) -> None:
-        """Price the runs that ended, once all they asked for has ended; when all runs have, emit the request's result."""
-        for sample, run in enumerate(job.runs):
-            if run.closed and not run.owed and not run.settled:
-                seconds = time.perf_counter() - job.started
-                usage = Usage(run.costs, seconds=seconds, ttft=seconds, peak_bytes=run.peak_bytes)
-                run.answer, run.settled = replace(run.answer, usage=usage), True
-                if not job.cancelled:
-                    self._events.append(Event(job.key, run.answer.tokens, sample=sample))
-        if all(run.settled for run in job.runs):
+    def _settle(self, run: _Run) -> None:
+        """Price a run that ended, once all it asked for has ended; with the last of a request's runs, emit the result."""
+        job = run.job
+        if not run.closed or run.owed or run.settled or self._jobs.get(job.key) is not job:
+            return
+        seconds = time.perf_counter() - job.started
+        run.answer = replace(run.answer, usage=Usage(run.costs, seconds=seconds, ttft=seconds, peak_bytes=run.peak_bytes))
+        run.settled = True
+        if run.answer.tokens:
+            self._events.append(Event(job.key, run.answer.tokens, sample=job.runs.index(run)))
+        if all(each.settled for each in job.runs):
             del self._jobs[job.key]
-            first, *others = (run.answer for run in job.runs)
-            result = _cancelled([first, *others]) if job.cancelled else replace(first, others=tuple(others))
-            self._events.append(Event(job.key, result=result))
+            first, *others = (each.answer for each in job.runs)
+            self._events.append(Event(job.key, result=replace(first, others=tuple(others))))
 
 
 def _refuse(request: Request) -> None:
@@ -248,9 +243,3 @@ def _translated(request: Request, kept: Mapping[Key, tuple[Engine, Key]]) -> Req
             raise ValueError(f"the strategy names {name!r} as parent or in release, but keeps no such request")
     parent = None if request.parent is None else kept[request.parent][1]
     return replace(request, parent=parent, release=tuple(kept[name][1] for name in request.release))
-
-
-def _cancelled(answers: list[Result]) -> Result:
-    costs = add_costs(answer.usage for answer in answers)
-    seconds, peak = (max(getattr(answer.usage, name) for answer in answers) for name in ("seconds", "peak_bytes"))
-    return Result(finish_reason="cancelled", usage=Usage(costs, seconds=seconds, ttft=seconds, peak_bytes=peak))

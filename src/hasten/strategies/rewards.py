@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from hasten.values import Message, Request, Result, UserError
 
-Scorer: TypeAlias = Callable[[Request, Result], Request]
+Scorer: TypeAlias = Callable[[Request], Callable[[Result], Request]]
 
 AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
     "last": lambda rewards: rewards[-1],
@@ -28,46 +28,44 @@ def aggregate(name: str, rewards: Sequence[float] | None) -> float:
 
 
 def scorer(tokenizers: Mapping[str, Any]) -> Scorer:
-    """How a sample becomes a score request: (the strategy's request, the sample) -> request of the role "reward".
+    """How samples become score requests: the strategy's request -> (a sample -> request of the role "reward").
 
     tokenizers: by role. If every token of the target's vocabulary has the same id in the reward model's (or no tokenizers are given: the
-    same model family), the sample's own ids are scored, exactly as they were drawn. Else prompt and answer are encoded by the reward
-    model's tokenizer, each on its own so that the boundary is known: text as it is, chat messages through the reward model's template.
-    UserError from the scorer where that cannot be right: a prompt that exists only as the target's ids or special tokens.
+    same model family), the sample's own ids are scored, exactly as they were drawn, end-of-sequence token included. Else prompt and answer
+    are encoded by the reward model's tokenizer, each on its own so that the boundary is known: text as it is, chat messages through the
+    reward model's template. UserError, before any sample is drawn, where that cannot be right: a prompt given as the target's ids, or text
+    with the target's special tokens in it.
     """
     target, reward = tokenizers.get("target"), tokenizers.get("reward")
-    if target is None or reward is None or target is reward or _contains(reward, target):
-        return _by_ids
-    return lambda request, sample: _by_text(request, sample, target, reward)
+    if target is None or reward is None or target is reward or target.get_vocab().items() <= reward.get_vocab().items():
+        return lambda request: _by_ids
+    return lambda request: _by_text(_prompt_ids(request.prompt, target, reward), reward)
 
 
-def _contains(outer: Any, inner: Any) -> bool:
-    return inner.get_vocab().items() <= outer.get_vocab().items()
+def _score(prompt: Sequence[int], answer: Sequence[int]) -> Request:
+    return Request((*prompt, *answer), role="reward", score=True, score_from=len(prompt))
 
 
-def _score(ids: Sequence[int], start: int) -> Request:
-    return Request(prompt=tuple(ids), role="reward", score=True, score_from=start)
-
-
-def _by_ids(request: Request, sample: Result) -> Request:
+def _by_ids(sample: Result) -> Request:
     if not sample.prompt_tokens:
         raise UserError("the reward model scores token ids, but the target's engine does not say which ids the prompt has")
-    return _score([*sample.prompt_tokens, *sample.tokens], len(sample.prompt_tokens))
+    return _score(sample.prompt_tokens, sample.tokens)
 
 
-def _by_text(request: Request, sample: Result, target: Any, reward: Any) -> Request:
-    prompt = _prompt_ids(request, target, reward)
-    return _score([*prompt, *reward.encode(sample.text, add_special_tokens=False)], len(prompt))
+def _by_text(prompt: Sequence[int], reward: Any) -> Callable[[Result], Request]:
+    return lambda sample: _score(prompt, reward.encode(sample.text, add_special_tokens=False))
 
 
-def _prompt_ids(request: Request, target: Any, reward: Any) -> list[int]:
-    prompt: Any = request.prompt
+def _prompt_ids(prompt: Any, target: Any, reward: Any) -> list[int]:
+    """A prompt in the ids of another model's tokenizer."""
     if isinstance(prompt, str):
         special = next((token for token in target.all_special_tokens if token in prompt), None)
         if special is not None:
-            raise UserError(f"the prompt holds the target's special token {special!r}, which the reward model's tokenizer does not share; send chat messages")
+            raise UserError(
+                f"the prompt holds the target's special token {special!r}, which the reward model does not share; send chat messages"
+            )
         return list(reward.encode(prompt))
-    if len(prompt) and isinstance(prompt[0], Mapping):
+    if prompt and isinstance(prompt[0], Mapping):
         return _templated(prompt, reward)
     raise UserError("the reward model's tokenizer differs from the target's, so the prompt must be text or chat messages, not token ids")
 

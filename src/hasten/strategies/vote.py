@@ -6,6 +6,7 @@ Ties go to the answer that first reached the highest count, in the order of samp
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -47,7 +48,7 @@ def build(options: Options, target: object = None) -> Strategy:
 
 
 def majority(drawn: Sequence[Result], extract: answers.Extractor) -> Result:
-    """The first sample with the winning answer, or the first sample if none has an answer (the trace says so)."""
+    """The first sample with the winning answer; the first of all if none has an answer (the trace's `answers` is then empty)."""
     found = [extract(result.text) for result in drawn]
     winner = elect(found, [1.0] * len(found))
     chosen = drawn[0] if winner is None else drawn[found.index(winner)]
@@ -68,9 +69,5 @@ def elect(found: Sequence[str | None], weights: Sequence[float]) -> str | None:
 
 def tally(found: Sequence[str | None]) -> dict[str, object]:
     """Trace of a vote: counts by answer in order of appearance, samples without an answer, and samples in all."""
-    counts: dict[str, int] = {}
-    for answer in found:
-        if answer is not None:
-            counts[answer] = counts.get(answer, 0) + 1
-    trace: dict[str, object] = {"answers": counts, "unparsed": sum(a is None for a in found), "n": len(found)}
-    return trace if counts else {**trace, "why": "no sample has an answer that can be read; this is the first sample"}
+    counts = Counter(answer for answer in found if answer is not None)
+    return {"answers": dict(counts), "unparsed": len(found) - counts.total(), "n": len(found)}
