@@ -46,10 +46,10 @@ $(VENV)/bin/python:
 # One stamp for what a run needs and one for what the tests need; both go stale when pyproject.toml changes.
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	@echo 'installing into $(VENV): minutes the first time'
-	$(BIN)/python -m pip install -q $(PIP_FLAGS) -e .
+	@$(BIN)/python -m pip install -q $(PIP_FLAGS) -e .
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
 	@echo 'installing into $(VENV): minutes the first time'
-	$(BIN)/python -m pip install -q $(PIP_FLAGS) -e '.[test]'
+	@$(BIN)/python -m pip install -q $(PIP_FLAGS) -e '.[test]'
 	@touch $@ $(VENV)/.installed
