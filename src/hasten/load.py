@@ -65,6 +65,11 @@ class Loaded:
         many = {i: Request(p, score=True, score_from=score_from, id=str(i)) for i, p in enumerate(prompts)}
         return list(run(self.engines["target"], many).values())
 
+    def forget(self) -> None:
+        """Drop what finished requests left in the caches: the next request is served as if it were the first."""
+        for engine in self.engines.values():
+            engine.cache.forget()
+
     @property
     def templated(self) -> bool:
         """Whether `ask` puts text into the tokenizer's chat template."""

@@ -130,6 +130,11 @@ class RaggedCache:
         if not retain or len(entry.tokens) < HEAD:
             self._evict(entry)
 
+    def forget(self) -> None:
+        """Give up all retained rows that nobody holds, so that the next request finds nothing computed (for honest timing)."""
+        while self._evict_oldest():
+            pass
+
     # --- finding prefixes -------------------------------------------------------------------------------------------------------
 
     def sources(self, tokens: Sequence[int]) -> Iterable[Entry]:
