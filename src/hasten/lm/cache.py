@@ -145,6 +145,8 @@ class RaggedCache:
 
     def reserve(self, length: int, *, extra: int = 0, spare: Entry | None = None) -> bool:
         """Make room for rows of `length` positions and `extra` more rows, giving up retained rows if need be; False if that is not enough."""
+        if not extra and length <= self.capacity:
+            return True  # the row has its slot and the slot is long enough
         if length > self.max_len:
             return False
         held = [e for e in self.entries if e is not None and (e.active or e.pinned) and e is not spare]
