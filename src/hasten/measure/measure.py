@@ -53,9 +53,7 @@ class Bench:
 
     def load(self, recipe: Recipe) -> loading.Loaded:
         """A fresh engine with an empty cache, so that no prompt is found there from an earlier block; the models are shared."""
-        return loading.load(
-            recipe, device=self.device, dtype=self.dtype, template=self.template, models=self.models, max_rows=QUALITY_ROWS
-        )
+        return loading.load(recipe, device=self.device, dtype=self.dtype, template=self.template, models=self.models, max_rows=QUALITY_ROWS)
 
     def key(self, recipe: Recipe, *more: Any) -> str:
         """Names everything an outcome depends on: recipe, models' contents, task, machine, precision."""

@@ -71,7 +71,9 @@ def best_inside(
     return min(cheaper, key=lambda m: (cost(m, axis), -quality(m)), default=best)
 
 
-def cheapest_reaching(measurements: Sequence[Measurement], least: float, budget: Mapping[str, float], axis: str = "seconds") -> Measurement | None:
+def cheapest_reaching(
+    measurements: Sequence[Measurement], least: float, budget: Mapping[str, float], axis: str = "seconds"
+) -> Measurement | None:
     """The cheapest recipe inside the budget whose quality is at least `least`; None if there is none."""
     reaching = [m for m in measurements if quality(m) >= least and inside(m, budget)]
     return min(reaching, key=lambda m: (cost(m, axis), -quality(m)), default=None)

@@ -79,7 +79,9 @@ def read_task(path: Path) -> Task:
     for number, item in found:
         if (item.answer is not None) != answered:
             has, first = ("no answer", "an answer") if answered else ("an answer", "none")
-            raise UserError(f"{path}, line {number}: this item has {has} but line {found[0][0]} has {first}; all items need one or none may")
+            raise UserError(
+                f"{path}, line {number}: this item has {has} but line {found[0][0]} has {first}; all items need one or none may"
+            )
     items = _split([item for _, item in found])
     quality = "accuracy" if answered else "agreement"
     return Task(path.stem, items, Sampling(max_tokens=None), quality, answers.extract, _digest(lines))
@@ -148,7 +150,8 @@ def _arith() -> Task:
     from hasten.zoo import arith
 
     items = {
-        split: [Item(f"{split}-{i}", p.prompt, answers.normalise(p.answer)) for i, p in enumerate(arith.problems(split))] for split in SPLITS
+        split: [Item(f"{split}-{i}", p.prompt, answers.normalise(p.answer)) for i, p in enumerate(arith.problems(split))]
+        for split in SPLITS
     }
     return Task("arith", items, Sampling(max_tokens=128), "accuracy", answers.extractor("hash"), f"arith-{arith.SEED}")
 
