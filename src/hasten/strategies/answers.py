@@ -34,7 +34,7 @@ _LATEX = (
 
 
 def normalise(answer: str) -> str:
-    """The normal form: lower case; without $, %, spacing commands, thousands commas, trailing dot, `x =` in front; `7.0` is `7`, `\\frac12` is `1/2`."""
+    """The normal form: lower case, without $, %, spacing commands, thousands commas, trailing dot, `x =` in front; `7.0` is `7`, `\\frac12` `1/2`."""
     for pattern, replacement in _LATEX:
         answer = pattern.sub(replacement, answer)
     answer = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", answer.replace("\u2212", "-"))
