@@ -82,11 +82,13 @@ def _sources(incomplete: str) -> list[str]:
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
 Task = Annotated[str | None, typer.Option(help="A built-in task, or a JSONL file with `prompt` or `messages`, and `answer` if known.")]
 Source = Annotated[
-    str | None, typer.Argument(metavar="[MODEL]", help="Directory, hub id or zoo:NAME; the zoo if left out.", autocompletion=_sources)
+    str | None, typer.Argument(metavar="MODEL", help="Directory, hub id or zoo:NAME; the zoo if left out.", autocompletion=_sources)
 ]
 With = Annotated[
     list[str] | None,
-    typer.Option("--with", help="A technique to consider, with its options; repeat for more.", autocompletion=_technique_names),
+    typer.Option(
+        "--with", metavar="TECHNIQUE", help="A technique to consider, with its options; repeat for more.", autocompletion=_technique_names
+    ),
 ]
 Out = Annotated[Path, typer.Option(help="Directory for what is written.")]
 Concurrency = Annotated[int, typer.Option(min=1, help="Requests in flight at a time.")]
@@ -207,8 +209,8 @@ def pick(
     source: Source = None,
     task: Task = None,
     with_: With = None,
-    budget: Annotated[list[str] | None, typer.Option(help="Most that a request may cost: seconds=1, p95_ttft=0.2, …; repeatable.")] = None,
-    target: Annotated[list[str] | None, typer.Option(help="Least quality: accuracy=0.9; repeatable.")] = None,
+    budget: Annotated[list[str] | None, typer.Option(metavar="NAME=NUMBER", help="Most that a request may cost: seconds=1, p95_ttft=0.2, …; repeatable.")] = None,
+    target: Annotated[list[str] | None, typer.Option(metavar="NAME=NUMBER", help="Least quality: accuracy=0.9; repeatable.")] = None,
     lossless: Annotated[bool, typer.Option("--lossless", help="Only techniques that keep the distribution of the output.")] = False,
     concurrency: Concurrency = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured, and stop.")] = False,
@@ -220,8 +222,7 @@ def pick(
 ) -> None:  # fmt: skip
     """Measure combinations of techniques and pick the best one inside the budget. Without arguments: on the models that ship with hasten.
 
-    Writes recipe.json, measurements.jsonl and report.html to --out. Without --budget, the budget is what greedy decoding of the largest
-    model costs now.
+    Writes recipe.json, measurements.jsonl and report.html to --out. Without --budget, it is what greedy decoding of the largest model costs.
     """
     from hasten.measure.pick import pick as run
 
