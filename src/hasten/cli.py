@@ -80,7 +80,8 @@ def _sources(incomplete: str) -> list[str]:
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
-Task = Annotated[str | None, typer.Option(help="A built-in task, or a JSONL file with `prompt` or `messages`, and `answer` if known.")]
+_TASK = "A built-in task, or a JSONL file with `prompt` or `messages`, and `answer` if known."
+Task = Annotated[str | None, typer.Option(help=_TASK)]
 Source = Annotated[
     str | None, typer.Argument(metavar="MODEL", help="Directory, hub id or zoo:NAME; the zoo if left out.", autocompletion=_sources)
 ]
@@ -90,6 +91,10 @@ With = Annotated[
         "--with", metavar="TECHNIQUE", help="A technique to consider, with its options; repeat for more.", autocompletion=_technique_names
     ),
 ]
+Budget = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=NUMBER", help="Most that a request may cost: seconds=1, p95_ttft=0.2, …; repeatable.")
+]
+Target = Annotated[list[str] | None, typer.Option(metavar="NAME=NUMBER", help="Least quality: accuracy=0.9; repeatable.")]
 Out = Annotated[Path, typer.Option(help="Directory for what is written.")]
 Concurrency = Annotated[int, typer.Option(min=1, help="Requests in flight at a time.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -176,7 +181,8 @@ def measure(
     recipes: Annotated[
         list[str], typer.Argument(metavar="RECIPE...", help="Models with techniques, or recipe.json files.", autocompletion=_sources)
     ],
-    task: Task = None,
+    task: Annotated[str, typer.Option(help=_TASK)] = "arith",
+    items: Annotated[int, typer.Option(min=1, help="Problems that quality is measured on, at most.")] = 200,
     concurrency: Concurrency = 1,
     out: Out = Path("hasten-out"),
     template: Template = "auto",
@@ -186,12 +192,14 @@ def measure(
 ) -> None:
     """Measure recipes on a task: quality with its interval, and what a request costs. Nothing is picked."""
     from hasten.measure.measure import measure as run
+    from hasten.measure.progress import console
 
     parsed = [load_recipe(text) for text in recipes]
-    with _keeping(lambda: _measured(out)), terminal.Progress() as progress, contextlib.redirect_stdout(sys.stderr):
+    with _keeping(lambda: _measured(out)), console() as progress, contextlib.redirect_stdout(sys.stderr):
         found = run(
-            parsed, task=task, concurrency=concurrency, out=str(out), template=template, device=device, dtype=dtype, progress=progress
-        )
+            parsed, task=task, items=items, concurrency=concurrency, out=str(out), template=template, device=device, dtype=dtype,
+            progress=progress,
+        )  # fmt: skip
     terminal.print_json(found) if json_ else terminal.show_measurements("", found)
 
 
@@ -209,8 +217,8 @@ def pick(
     source: Source = None,
     task: Task = None,
     with_: With = None,
-    budget: Annotated[list[str] | None, typer.Option(metavar="NAME=NUMBER", help="Most that a request may cost: seconds=1, p95_ttft=0.2, …; repeatable.")] = None,
-    target: Annotated[list[str] | None, typer.Option(metavar="NAME=NUMBER", help="Least quality: accuracy=0.9; repeatable.")] = None,
+    budget: Budget = None,
+    target: Target = None,
     lossless: Annotated[bool, typer.Option("--lossless", help="Only techniques that keep the distribution of the output.")] = False,
     concurrency: Concurrency = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured, and stop.")] = False,
@@ -225,9 +233,10 @@ def pick(
     Writes recipe.json, measurements.jsonl and report.html to --out. Without --budget, it is what greedy decoding of the largest model costs.
     """
     from hasten.measure.pick import pick as run
+    from hasten.measure.progress import console
 
     budgets, targets = _amounts("budget", budget or []), _amounts("target", target or [])
-    with _keeping(lambda: _measured(out)), terminal.Progress() as progress, contextlib.redirect_stdout(sys.stderr):
+    with _keeping(lambda: _measured(out)), console() as progress, contextlib.redirect_stdout(sys.stderr):
         document = run(
             source, task=task, techniques=tuple(with_ or ()), budgets=budgets, targets=targets, lossless=lossless, concurrency=concurrency,
             dry_run=dry_run, out=str(out), template=template, device=device, dtype=dtype, progress=progress,
@@ -314,11 +323,12 @@ def zoo_train(
 ) -> None:
     """Train a model as it was trained for shipping; goes on from the last checkpoint."""
     name = _zoo_name(name)
+    from hasten.measure.progress import console
     from hasten.zoo.train import train
 
     kept = _keeping(lambda: f"the last checkpoint of {name} is kept; the same command goes on from there")
-    with kept, terminal.Progress() as progress, contextlib.redirect_stdout(sys.stderr):
-        where = train(name, out=out, resume=not fresh, progress=lambda p: progress.update(name, p["step"], p["steps"]))
+    with kept, console() as progress, contextlib.redirect_stdout(sys.stderr):
+        where = train(name, out=out, resume=not fresh, progress=lambda p: progress.bar(name, p["step"], p["steps"]))
     terminal.print_json({"name": name, "path": str(where)}) if json_ else print(where)
 
 
