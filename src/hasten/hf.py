@@ -258,7 +258,9 @@ def _reading(source: str, what: str, read: Any) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return read()
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as e:
+    except MemoryError:
+        raise UserError(f"{source}: its {what} do not fit the memory that is free") from None
+    except Exception as e:  # a file of the user's may be wrong in any way, and each library has its own error for it
         hint = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" and not Path(source).is_dir() else ""
         raise UserError(f"{source}: its {what} cannot be loaded{hint}: {_one_line(e)}") from e
 
