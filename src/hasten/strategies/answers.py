@@ -20,7 +20,7 @@ _NUMBER = re.compile(rf"(?:(?<![\w)\]}}])-)?(?:{_DIGITS})")
 _PLAIN_NUMBER = re.compile(r"([+-]?)([0-9]*)\.?([0-9]*)")
 _HASH = re.compile(r"####[ \t]*([^\n]*)")
 _HASH_NUMBER = re.compile(rf"####[ \t]*\$?[ \t]*(-?\$?(?:{_DIGITS})(?:/[0-9]+)?)(?![\w.:)]*[ \t]*[:)])(?!\.[ \t]*\w)")
-_ANSWER_IS = re.compile(r"\banswer(?:\s+is|\s*:)[\s:*]*([^\n]*)", re.IGNORECASE)
+_ANSWER_IS = re.compile(r"\banswer(?:\s+is|\s*:)[\s:*]*", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
 _WORDED_NUMBER = re.compile(rf"\$?(-?\$?(?:{_DIGITS}))\s*[^\W\d_][^\d\\^/*+=({{]*")  # `18 dollars`, `$1,000 a week`
 
@@ -99,8 +99,8 @@ def _hash_answer(text: str) -> str | None:
 
 
 def _answer_is(text: str) -> str | None:
-    found = _ANSWER_IS.findall(text)
-    return _said(found[-1]) if found else None
+    _, *rest = _ANSWER_IS.split(text)
+    return _said(rest[-1].partition("\n")[0]) if rest else None
 
 
 def auto(text: str) -> str | None:
