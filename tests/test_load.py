@@ -18,17 +18,17 @@ WORDS = ["<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<system>", *"abcde
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: Any) -> Path:
-    """A user's instruct checkpoint: a tiny random Qwen2 with its tokenizer and chat template."""
+    """A user's instruct checkpoint: a tiny random Llama with its tokenizer and chat template."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import PreTrainedTokenizerFast, LlamaConfig, LlamaForCausalLM
 
     path = tmp_path_factory.mktemp("user") / "model"
     torch.manual_seed(0)
-    config = Qwen2Config(
+    config = LlamaConfig(
         vocab_size=len(WORDS), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
-    Qwen2ForCausalLM(config).save_pretrained(path)
+    LlamaForCausalLM(config).save_pretrained(path)
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
@@ -67,11 +67,11 @@ def test_identical_techniques_give_the_same_tokens(directory: Path, techniques: 
 
 def test_recipes_with_a_strategy_and_a_constraint(directory: Path) -> None:
     lm = hasten.load(f'{directory} +ngram +allowed(text="1 2 3") +vote(n=5,temperature=1.0,extract=last-number)')
-    [result] = lm.generate(["a b"], hasten.Sampling(max_tokens=4))
+    [result] = lm.generate(["a b c d e f"], hasten.Sampling(max_tokens=4))
     assert {WORDS[t] for t in result.tokens} <= {"1", "2", "3", "<eos>"}
     assert result.trace["n"] == 5
-    assert result.usage.by_role["target"].prompt == 10
-    assert result.usage.by_role["target"].reused == 4  # four of five samples find the first prompt token computed
+    assert result.usage.by_role["target"].prompt == 30
+    assert result.usage.by_role["target"].reused == 20  # four of five samples find all but the prompt's last token computed
 
 
 def test_recipe_files(directory: Path, tmp_path: Path) -> None:
