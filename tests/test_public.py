@@ -18,6 +18,11 @@ def test_every_public_name_is_there(name):
     assert getattr(hasten, name) is not None
 
 
+def test_functions_keep_their_names_whatever_modules_are_imported():
+    code = "import hasten, hasten.load, hasten.measure.stats, hasten.measure.tasks; print(callable(hasten.load), callable(hasten.measure))"
+    assert run(code) == "True True"
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         hasten.lode  # noqa: B018

@@ -192,10 +192,9 @@ def measure(
 ) -> None:
     """Measure recipes on a task: quality with its interval, and what a request costs. Nothing is picked."""
     from hasten.measure.measure import measure as run
-    from hasten.measure.progress import console
 
     parsed = [load_recipe(text) for text in recipes]
-    with _keeping(lambda: _measured(out)), console() as progress, contextlib.redirect_stdout(sys.stderr):
+    with _keeping(lambda: _measured(out)), terminal.Progress() as progress, contextlib.redirect_stdout(sys.stderr):
         found = run(
             parsed, task=task, items=items, concurrency=concurrency, out=str(out), template=template, device=device, dtype=dtype,
             progress=progress,
@@ -233,10 +232,9 @@ def pick(
     Writes recipe.json, measurements.jsonl and report.html to --out. Without --budget, it is what greedy decoding of the largest model costs.
     """
     from hasten.measure.pick import pick as run
-    from hasten.measure.progress import console
 
     budgets, targets = _amounts("budget", budget or []), _amounts("target", target or [])
-    with _keeping(lambda: _measured(out)), console() as progress, contextlib.redirect_stdout(sys.stderr):
+    with _keeping(lambda: _measured(out)), terminal.Progress() as progress, contextlib.redirect_stdout(sys.stderr):
         document = run(
             source, task=task, techniques=tuple(with_ or ()), budgets=budgets, targets=targets, lossless=lossless, concurrency=concurrency,
             dry_run=dry_run, out=str(out), template=template, device=device, dtype=dtype, progress=progress,
@@ -323,12 +321,11 @@ def zoo_train(
 ) -> None:
     """Train a model as it was trained for shipping; goes on from the last checkpoint."""
     name = _zoo_name(name)
-    from hasten.measure.progress import console
     from hasten.zoo.train import train
 
     kept = _keeping(lambda: f"the last checkpoint of {name} is kept; the same command goes on from there")
-    with kept, console() as progress, contextlib.redirect_stdout(sys.stderr):
-        where = train(name, out=out, resume=not fresh, progress=lambda p: progress.bar(name, p["step"], p["steps"]))
+    with kept, terminal.Progress() as progress, contextlib.redirect_stdout(sys.stderr):
+        where = train(name, out=out, resume=not fresh, progress=lambda p: progress.update(name, p["step"], p["steps"]))
     terminal.print_json({"name": name, "path": str(where)}) if json_ else print(where)
 
 
