@@ -126,17 +126,17 @@ def test_n_samples_share_the_prompt_and_differ(pairs: Any) -> None:
     assert single == [r.tokens for r in samples]
 
 
-def test_a_finished_request_serves_as_prefix_and_as_parent(pairs: Any) -> None:
+@pytest.mark.parametrize("share", [True, False])
+def test_a_finished_request_serves_as_prefix_and_as_parent(pairs: Any, share: bool) -> None:
     model, ours = pairs("mistral")
-    engine = TokenEngine(ours)
+    engine = TokenEngine(ours, share=share)
     prompt = list(range(3, 33))
     parent = run(engine, {"p": Request(prompt, Sampling(max_tokens=6), keep=True)})["p"]
     child = run(engine, {"c": Request([50, 51], Sampling(max_tokens=6), parent="p")})["c"]
     whole = prompt + list(parent.tokens) + [50, 51]
     assert list(child.tokens) == reference(model, [whole], 6)[0]
-    assert (
-        child.usage.by_role["target"].reused == len(whole) - 3
-    )  # all but the parent's last token, which was never computed, and the new ones
+    # all but the parent's last token, which was never computed, and the new ones
+    assert child.usage.by_role["target"].reused == len(whole) - 3
     run(engine, {"d": Request([9], Sampling(max_tokens=1), release=("p",))})
     with pytest.raises(UserError, match="not a finished request that was kept"):
         engine.add("e", Request([1], parent="p"))

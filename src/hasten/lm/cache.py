@@ -127,7 +127,7 @@ class RaggedCache:
             entry.active = False
         entry.planned = entry.tokens
         entry.stamp = self._tick()
-        if not retain or len(entry.tokens) < HEAD:
+        if not entry.pinned and (not retain or len(entry.tokens) < HEAD):
             self._evict(entry)
 
     def forget(self) -> None:

@@ -92,7 +92,7 @@ class TokenEngine:
         """Stop a request; its final event says "cancelled" and what it had cost. Unknown keys are ignored."""
         for row in self._groups[key].rows if key in self._groups else ():
             if not row.finish:
-                self._finish(row, "cancelled", retain=True)
+                self._finish(row, "cancelled")
 
     def _tokens(self, request: Request) -> list[int]:
         if request.parent is None:
@@ -274,13 +274,13 @@ class TokenEngine:
 
     # --- finishing ------------------------------------------------------------------------------------------------------------------
 
-    def _finish(self, row: Row, reason: str, *, retain: bool = True) -> None:
+    def _finish(self, row: Row, reason: str) -> None:
         """Take a row out, give its cache back (or pin it), and send the result once all samples of its request are there."""
-        row.finish, entry = reason, row.entry
-        self.scheduler.finish(row, retain=retain or row.request.keep)
-        if row.request.keep and entry is not None and reason != "cancelled":
-            entry.pinned += 1
-            self._kept[row.key] = (entry, list(row.tokens))
+        row.finish = reason
+        if row.request.keep and row.entry is not None and reason != "cancelled":
+            row.entry.pinned += 1
+            self._kept[row.key] = (row.entry, list(row.tokens))
+        self.scheduler.finish(row)
         group = self._groups[row.key]
         group.open -= 1
         if not group.open:

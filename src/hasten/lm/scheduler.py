@@ -119,10 +119,10 @@ class Scheduler:
         """Room for `extra` proposed tokens after a row's own, without pushing anybody out."""
         return self.cache.reserve(work.start + work.n + extra)
 
-    def finish(self, row: Row, *, retain: bool) -> None:
+    def finish(self, row: Row) -> None:
         """The row leaves; its cache stays as a source of prefixes."""
         if row.entry is not None:
-            self.cache.release(row.entry, retain=retain and self.share)
+            self.cache.release(row.entry, retain=self.share)
             row.entry = None
         if row in self.running:
             self.running.remove(row)
@@ -142,7 +142,9 @@ class Scheduler:
             if entry is None:
                 self.waiting.appendleft(row)
                 break
-            row.entry, row.reused = entry, row.reused + min(have, row.prompt)
+            row.entry = entry
+            if not row.preempted:  # what a row finds again after stepping back was paid for once already
+                row.reused = min(have, row.prompt)
             self.running.append(row)
         self.running.sort(key=lambda r: r.order)
         self.waiting.extendleft(reversed(held))
@@ -151,7 +153,8 @@ class Scheduler:
         """(source, its computed positions that serve this row, positions that a running row will have computed soon)."""
         best, have, coming = None, 0, 0
         most = reusable(row)
-        for entry in self.cache.sources(row.tokens) if self.share else ():
+        asked = row.request.parent is not None  # a parent's cache is asked for by name, whatever is shared otherwise
+        for entry in self.cache.sources(row.tokens) if self.share or asked else ():
             n = min(common_prefix(entry.tokens, row.tokens), most)
             if n > have or (n == have and n and best and best.active and not entry.active):
                 best, have = entry, n
