@@ -22,7 +22,7 @@ import time
 from typing import Any
 
 import torch
-from hasten.measure.machine import contended, describe
+from hasten.measure.machine import Watch, describe
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hasten import hf
@@ -46,24 +46,14 @@ def main() -> None:
     ours = hf.prepare(copy.deepcopy(theirs))
     say(ceiling(theirs))
     cells: dict[Any, Any] = {}
-    for batch in args.batches:
-        cells[batch] = cell(ours, theirs, batch, args.tokens, args.repeats)
-        say(f"uniform, batch {batch:>2}: overhead {show(cells[batch]['overhead'])}, generate / engine {show(cells[batch]['speedup'])}")
-    ragged = ragged_cell(ours, theirs, max(2, args.repeats // 2))
-    say(f"ragged, 8 at a time: overhead {show(ragged['overhead'])}, generate / engine {show(ragged['speedup'])}")
-    cells["ragged 8"] = ragged
-    print(
-        json.dumps(
-            {
-                "bench": "engine",
-                "cells": cells,
-                "bars": bars(cells),
-                "machine": describe(),
-                "contended": contended(),
-                "settings": vars(args),
-            }
-        )
-    )
+    with Watch() as watch:
+        for batch in args.batches:
+            cells[batch] = cell(ours, theirs, batch, args.tokens, args.repeats)
+            say(f"uniform, batch {batch:>2}: overhead {show(cells[batch]['overhead'])}, generate / engine {show(cells[batch]['speedup'])}")
+        cells["ragged 8"] = ragged_cell(ours, theirs, max(2, args.repeats // 2))
+        say(f"ragged, 8 at a time: overhead {show(cells['ragged 8']['overhead'])}, generate / engine {show(cells['ragged 8']['speedup'])}")
+    document = {"bench": "engine", "cells": cells, "bars": bars(cells), "machine": describe(), "contended": watch.contended}
+    print(json.dumps({**document, "settings": vars(args)}))
 
 
 def arguments() -> argparse.Namespace:
