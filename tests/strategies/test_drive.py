@@ -105,6 +105,17 @@ def test_cancelled_requests_are_paid_for_but_not_handed_on():
     assert len(engine.cancelled) == 1
 
 
+def test_what_still_runs_when_a_strategy_returns_is_cancelled_and_paid_for():
+    def fastest(request):
+        done = yield Ask({i: replace(request, sample=i) for i in range(3)})
+        return done[0]
+
+    engine = FakeEngine(steps=lambda r: 2 if r.sample == 0 else 9)
+    result = run(Drive({"target": engine}, fastest), {"k": Request("ab")})["k"]
+    assert result.usage.total.forwards == 2 + 2 + 2
+    assert engine.idle
+
+
 def test_an_engine_that_says_nothing_of_a_cancelled_request_is_not_waited_for():
     engine = FakeEngine(steps=lambda r: 1 if r.sample == 0 else 9, emits_cancelled=False)
     drive = Drive({"target": engine}, first_of_two)
@@ -271,14 +282,15 @@ def test_the_key_of_a_failed_request_is_free_again():
     assert results[0].result.usage.total.prompt == 12  # three times "good", nothing of "bad"
 
 
-def test_all_samples_of_a_failed_request_go():
+@pytest.mark.parametrize("steps", [lambda sample: 1, lambda sample: 1 + sample, lambda sample: 5 - 2 * (sample % 2)])
+def test_all_samples_of_a_failed_request_go(steps):
     def second_fails(request):
         done = yield Ask({"only": request})
         if request.sample == 1:
             raise KeyError
         return done["only"]
 
-    engine = FakeEngine()
+    engine = FakeEngine(steps=lambda r: steps(r.sample))
     drive = Drive({"target": engine}, second_fails)
     drive.add("k", Request("p", Sampling(n=3)))
     with pytest.raises(KeyError):
