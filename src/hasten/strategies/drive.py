@@ -126,6 +126,7 @@ class Drive:
             self._advance(run, results)
         except BaseException as error:
             del self._jobs[run.job.key]
+            self._events = [event for event in self._events if event.key != run.job.key]
             error.add_note(f"in the strategy that answers request {run.job.key!r}")
             self._close(run.job.runs)
             raise
