@@ -80,13 +80,13 @@ def drawn_at_random(case):
 @pytest.mark.parametrize(("aggregate", "weighted"), list(itertools.product(AGGREGATES, (False, True))))
 def test_the_choice_is_that_of_brute_force(aggregate, weighted):
     unlike_first = 0
-    for case in range(80):
+    for case in range(40):
         samples = drawn_at_random(case)
         fast = Asked(samples, lambda r, c=case: 1 + integer(5, c, r.sample), lambda r: 1 + len(r.prompt) % 3)
         result = fast.best(aggregate=aggregate, weighted=weighted, extract="hash")
         assert result.text == brute_force(samples, aggregate, weighted), samples
         unlike_first += result.text != samples[0][0]
-    assert unlike_first > 20
+    assert unlike_first > 10
 
 
 def test_the_highest_reward_wins_and_ties_go_to_the_lower_index():

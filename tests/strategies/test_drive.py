@@ -368,9 +368,9 @@ def test_events_of_others_on_a_shared_engine_are_ignored():
     assert run(Drive({"target": Chatty()}, one), {"k": Request("p", SEEDED)})["k"].text == words(Request("p", SEEDED)).text
 
 
-def test_thousands_of_strategies_at_once():
+def test_hundreds_of_strategies_at_once():
     engine = FakeEngine(rows=10**6)
-    requests = {i: Request(f"p{i}", SEEDED) for i in range(500)}
+    requests = {i: Request(f"p{i}", SEEDED) for i in range(200)}
     results = run(Drive({"target": engine}, vote.build(vote.Options(n=6))), requests)
-    assert len(results) == 500
-    assert add_costs(r.usage for r in results.values())["target"].forwards == 500 * (1 + 2 + 3) * 2
+    assert len(results) == 200
+    assert add_costs(r.usage for r in results.values())["target"].forwards == 200 * (1 + 2 + 3) * 2
