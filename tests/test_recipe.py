@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hasten.recipe import Recipe, Use, load_recipe, read, save_recipe
@@ -20,11 +20,13 @@ uses = st.builds(Use, names, st.dictionaries(names, values, max_size=4))
 recipes = st.builds(Recipe, words.filter(bool), st.lists(uses, max_size=4).map(tuple))
 
 
+@settings(deadline=None)  # a busy machine is no error
 @given(recipes)
 def test_the_short_form_reads_back_as_itself(recipe):
     assert read(str(recipe)) == recipe
 
 
+@settings(deadline=None)  # a busy machine is no error
 @given(recipes)
 def test_equal_recipes_hash_equal_whatever_the_order_of_options(recipe):
     turned = Recipe(recipe.model, tuple(Use(use.name, dict(reversed(use.options.items()))) for use in recipe.uses))
