@@ -97,7 +97,8 @@ def keeps_distribution(recipe: Recipe) -> bool:
 def describe(recipes: Iterable[Recipe]) -> list[dict[str, Any]]:
     """For a dry run: each recipe, how exact it is, and why it cannot apply if that is known before the model is loaded."""
     return [
-        {"recipe_text": str(r), "recipe": r.to_json(), "exactness": techniques.exactness(r), "why_not": techniques.why_not(r)} for r in recipes
+        {"recipe_text": str(r), "recipe": r.to_json(), "exactness": techniques.exactness(r), "why_not": techniques.why_not(r)}
+        for r in recipes
     ]
 
 

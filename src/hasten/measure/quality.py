@@ -15,7 +15,7 @@ import numpy as np
 
 from hasten.measure import stats
 from hasten.measure.tasks import Item, Task
-from hasten.values import Result
+from hasten.values import Key, Request, Result
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +83,13 @@ def divergence(unmodified: Any, changed: Any, task: Task, items: Sequence[Item],
     from hasten.engine import run
 
     asked = {item.id: task.request(item, unmodified.ask(item.prompt)) for item in items}
-    sampled = {i: replace(r, sampling=r.sampling.but(temperature=1.0, max_tokens=max_tokens)) for i, r in asked.items()}
+    sampled: dict[Key, Request] = {i: replace(r, sampling=r.sampling.but(temperature=1.0, max_tokens=max_tokens)) for i, r in asked.items()}
     drawn = {i: r for i, r in run(unmodified.engines["target"], sampled).items() if r.tokens}
     scores = [_scores(loaded, drawn) for loaded in (unmodified, changed)]
     return [float(np.mean(np.subtract(p, q))) for p, q in zip(*scores, strict=True)]
 
 
-def _scores(loaded: Any, drawn: Mapping[str, Result]) -> list[tuple[float, ...]]:
+def _scores(loaded: Any, drawn: Mapping[Key, Result]) -> list[tuple[float, ...]]:
     """Log-probability of each drawn token under a model."""
     out = []
     for result in drawn.values():
