@@ -22,12 +22,12 @@ import time
 from typing import Any
 
 import torch
-from hasten.measure.machine import Watch, describe
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hasten import hf
 from hasten.engine import run
 from hasten.lm.engine import TokenEngine
+from hasten.measure.machine import Watch, describe
 from hasten.measure.stats import median
 from hasten.values import Request, Sampling
 

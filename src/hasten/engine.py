@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Hashable, Mapping
+from typing import Protocol, TypeVar
 
 from hasten.values import Event, Key, Request, Result
 
@@ -25,11 +25,14 @@ class Engine(Protocol):
         """Forget a request and free what it holds; unknown keys are ignored."""
 
 
-def run(engine: Engine, requests: Mapping[Key, Request]) -> dict[Key, Result]:
+K = TypeVar("K", bound=Hashable)
+
+
+def run(engine: Engine, requests: Mapping[K, Request]) -> dict[K, Result]:
     """Answer all requests and return their results by key, in the order asked."""
     for key, request in requests.items():
         engine.add(key, request)
-    done: dict[Key, Result] = {}
+    done: dict[Hashable, Result] = {}
     while len(done) < len(requests):
         for event in engine.step():
             if event.result is not None:

@@ -55,7 +55,7 @@ class Loaded:
 
     def generate(self, prompts: Prompt | Sequence[Prompt], sampling: Sampling | None = None) -> list[Result]:
         """Answers to prompts (text, token ids or chat messages; one prompt alone is taken as a list of one), n a prompt, in order."""
-        many = [prompts] if _is_one(prompts) else list(prompts)
+        many: list[Any] = [prompts] if _is_one(prompts) else list(prompts)
         requests = {i: Request(p, sampling or Sampling(), id=str(i)) for i, p in enumerate(many)}
         done = run(self.engine, requests)
         return [r for first in done.values() for r in (replace(first, others=()), *first.others)]

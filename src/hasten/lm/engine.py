@@ -89,7 +89,8 @@ class TokenEngine:
                 self.scheduler.add(row)
 
     def cancel(self, key: Key) -> None:
-        """Stop a request; its final event says "cancelled" and what it had cost. Unknown keys are ignored."""
+        """Stop a request; its final event says "cancelled" and what it had cost. A kept one is let go. Unknown keys are ignored."""
+        self._unpin(key)
         for row in self._groups[key].rows if key in self._groups else ():
             if not row.finish:
                 self._finish(row, "cancelled")
@@ -153,12 +154,12 @@ class TokenEngine:
         outputs: list[int] = []
         spans: list[Span] = []
         for w in works:
-            tokens = w.row.tokens[w.start : w.start + w.n] + w.proposal
-            spans.append(Span(w.row.entry.slot, w.start, w.width, len(ids)))
+            tokens, entry = w.row.tokens[w.start : w.start + w.n] + w.proposal, w.row.held
+            spans.append(Span(entry.slot, w.start, w.width, len(ids)))
             ids += tokens
             positions += range(w.start, w.start + w.width)
             outputs += range(len(ids) - len(w.proposal) - w.outputs, len(ids) if w.outputs else len(ids) - len(w.proposal))
-            w.row.entry.tokens += tokens
+            entry.tokens += tokens
         device = self.cache.shape.device
         plan = Plan(self.cache, spans)
         began = time.perf_counter()
@@ -247,7 +248,7 @@ class TokenEngine:
             for token in committed[:kept]:
                 row.constraint_state = self.constraint.advance(row.constraint_state, token)
         row.accepted += max(0, min(kept, len(committed) - 1))
-        self.cache.truncate(row.entry, len(row.tokens) - 1)
+        self.cache.truncate(row.held, len(row.tokens) - 1)
         row.first, row.last = row.first or now, now
         if s.logprobs is not None:
             row.logprobs += sampler.logprobs(raw[:kept], committed[:kept], s.logprobs)

@@ -53,6 +53,12 @@ class Row:
         return len(self.tokens) - self.prompt
 
     @property
+    def held(self) -> Entry:
+        """The cache row of a running row."""
+        assert self.entry is not None, "a row that works has its place in the cache"
+        return self.entry
+
+    @property
     def limit(self) -> int:
         """Tokens it may generate; the engine has put a number where the user left it open."""
         return self.request.sampling.max_tokens or 0
@@ -175,8 +181,7 @@ class Scheduler:
         return True
 
     def _step_back(self, row: Row) -> None:
-        assert row.entry is not None
-        self.cache.release(row.entry, retain=self.share)
+        self.cache.release(row.held, retain=self.share)
         row.entry, row.preempted = None, row.preempted + 1
         self.running.remove(row)
         self.waiting.appendleft(row)

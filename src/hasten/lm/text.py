@@ -12,7 +12,7 @@ def encode(tokenizer: Any, prompt: Prompt, *, special: bool = True) -> list[int]
     """Ids of a prompt: text as it is, ids as given, chat messages through the tokenizer's template with the turn of the assistant opened."""
     if isinstance(prompt, str):
         return list(_needed(tokenizer)(prompt, add_special_tokens=special)["input_ids"])
-    items = list(prompt)
+    items: list[Any] = list(prompt)
     if all(isinstance(i, int) and not isinstance(i, bool) for i in items):
         return [int(i) for i in items]
     if all(isinstance(m, Mapping) and "role" in m and "content" in m for m in items):
