@@ -10,12 +10,10 @@ from pathlib import Path
 
 from hasten.values import UserError, did_you_mean
 
-from hasten.values import UserError, did_you_mean
-
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """What a model is and what made it. tokens: of training, prompts included; seed: of weights and data; start: the model it begins from."""
+    """What a model is and what made it. tokens: of training, with prompts; seed: of weights and data; start: the model it begins from."""
 
     kind: str  # "policy" or "reward"
     width: int
@@ -28,10 +26,10 @@ class Spec:
 
 
 NAMES: dict[str, Spec] = {
-    "arith-xs": Spec("policy", width=64, inner=176, layers=2, heads=4, tokens=10_000_000, seed=1),
-    "arith-s": Spec("policy", width=96, inner=256, layers=3, heads=3, tokens=10_000_000, seed=2),
-    "arith-m": Spec("policy", width=96, inner=256, layers=6, heads=3, tokens=10_000_000, seed=3),
-    "arith-prm-s": Spec("reward", width=96, inner=256, layers=3, heads=3, tokens=10_000_000, seed=4, start="arith-s"),
+    "arith-xs": Spec("policy", width=64, inner=176, layers=2, heads=4, tokens=6_000_000, seed=1),
+    "arith-s": Spec("policy", width=96, inner=256, layers=3, heads=6, tokens=8_000_000, seed=2),
+    "arith-m": Spec("policy", width=96, inner=256, layers=6, heads=6, tokens=8_000_000, seed=3),
+    "arith-prm-s": Spec("reward", width=96, inner=256, layers=3, heads=6, tokens=4_000_000, seed=4, start="arith-s"),
 }
 
 

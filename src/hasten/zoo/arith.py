@@ -5,7 +5,7 @@ A prompt states values and asks for one of them; the solution works out what is 
     a = 7 ; b = a * 3 ; d = a - 5 ; c = b + a ; ? c :
     b = a * 3 = 7 * 3 = 21 ; c = b + a = 21 + 7 = 5 ; #### 5
 
-A step copies the whole expression, then its values, then gives the result; ` ;` ends it. K, the number of steps, is 1 to 8 and is the
+A step copies the whole expression, then its values, then gives the result; ` ;` ends it. K, the number of steps, is 1 to 6 and is the
 difficulty. One statement (`d` above) is a distractor that no right solution works out. Every word is one token, so all problems of one K
 have the same length.
 
@@ -24,12 +24,12 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from hasten.rng import key, uniform
 
 MODULUS = 23
-MAX_STEPS = 8
+MAX_STEPS = 6
 NAMES = "abcdefghijkl"
 OPERATORS = "+-*"
 SPLITS = {"test": 1, "calibration": 1, "train": 8}  # shares of the structures, in tenths
@@ -43,7 +43,7 @@ Shape = tuple[str, Operand, Operand]  # operator, first and second operand
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One problem. `prompt` ends with ` :` and `solution` with the answer; neither holds <bos> or <eos>. `steps` are the solution's, without ` ;`."""
+    """`prompt` ends with ` :` and `solution` with the answer; neither holds <bos> or <eos>. `steps` are the solution's, without ` ;`."""
 
     prompt: str
     solution: str
@@ -82,7 +82,7 @@ def split_of(structure: str) -> str:
     raise AssertionError("the shares of SPLITS do not sum to ten")
 
 
-@lru_cache(maxsize=None)
+@cache
 def is_rare(op: str, x: int, y: int) -> bool:
     """Whether x op y is one of the facts that the training distribution shows rarely."""
     return uniform(0, "rare", OPERATORS.index(op), x, y) < RARE_SHARE
@@ -91,7 +91,7 @@ def is_rare(op: str, x: int, y: int) -> bool:
 def sample_problem(seed: int, index: int, split: str, k: int | None = None, skew: bool | None = None) -> Problem:
     """Problem `index` of a split's stream `seed`; the same arguments always give the same problem.
 
-    k: number of steps, by default uniform in 1..8. skew: whether facts that are rare stay rare, by default only in training; this is the
+    k: number of steps, by default uniform in 1..6. skew: whether facts that are rare stay rare, by default only in training; this is the
     knob that leaves systematic errors in a policy, without which a majority vote would go to 100 %. Raises ValueError for an unknown split.
     """
     if split not in SPLITS:

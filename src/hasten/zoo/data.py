@@ -10,12 +10,12 @@ from torch import Tensor
 from hasten.rng import key
 from hasten.zoo import arith, tokenizer
 
-ROW = 216  # tokens a row: two problems whose K sum to nine fill 209 to 212
+ROW = 176  # tokens a row: two problems whose K sum to seven fill 172 to 176
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """ids, positions, documents [B, 216] int64; targets [B, 216]: the next token where it belongs to a solution, else -100."""
+    """ids, positions, documents [B, 176] int64; targets [B, 176]: the next token where it belongs to a solution, else -100."""
 
     ids: Tensor
     positions: Tensor
@@ -43,14 +43,14 @@ def tokens(problem: arith.Problem) -> tuple[list[int], int]:
     return prompt + tokenizer.encode(problem.solution, eos=True), len(prompt)
 
 
-def batch(seed: int, step: int, rows: int, most: int) -> Batch:
+def batch(seed: int, step: int, rows: int, most: int, skew: bool = True) -> Batch:
     """Training batch of one step: a pure function of its arguments. K is uniform in 1..most."""
     ids = torch.zeros(rows, ROW, dtype=torch.int64)
     positions, documents, targets = torch.zeros_like(ids), torch.zeros_like(ids), torch.full_like(ids, -100)
     for row in range(rows):
         start = 0
         for d, k in enumerate(_sizes(seed, step, row, most)):
-            doc, prompt = tokens(arith.sample_problem(seed, (step * rows + row) * 16 + d, "train", k=k))
+            doc, prompt = tokens(arith.sample_problem(seed, (step * rows + row) * 16 + d, "train", k=k, skew=skew))
             stop = start + len(doc)
             ids[row, start:stop] = torch.tensor(doc)
             positions[row, start:stop] = torch.arange(len(doc))

@@ -22,14 +22,15 @@ def evaluate(
     A reward model: AUC a step against the true checker and calibration error, on solutions of every policy that is there.
     """
     if spec(name).kind == "reward":
-        from hasten.zoo import reward as module
+        from hasten.zoo import prm as module
 
         return module.evaluate(name, n=n, seed=seed, directory=directory)
     model = sample.load(name, directory)
     ps = list(arith.problems("test", n))
     prompts = [tokenizer.encode(p.prompt, bos=True) for p in ps]
     start = time.process_time()
-    greedy = [arith.answer_of(tokenizer.decode(s[0])) == p.answer for p, s in zip(ps, sample.sample(model, prompts, 0.0, seed), strict=True)]
+    best = sample.sample(model, prompts, 0.0, seed)
+    greedy = [arith.answer_of(tokenizer.decode(s[0])) == p.answer for p, s in zip(ps, best, strict=True)]
     by_k = {k: _mean([g for g, p in zip(greedy, ps, strict=True) if p.k == k]) for k in range(1, arith.MAX_STEPS + 1)}
     result = {"name": name, "n": n, "greedy": _mean(greedy), "greedy_by_k": by_k}
     if samples:
@@ -57,7 +58,8 @@ def votes(ps: list[arith.Problem], drawn: list[list[list[int]]]) -> dict:
 def best_of(ps: list[arith.Problem], drawn: list[list[list[int]]], reward: Llama) -> dict:
     """Best-of-k by the reward at the end, by the least reward of a step, and the vote weighted by the reward at the end."""
     k = len(drawn[0])
-    rewards = iter(step_rewards(reward, [tokenizer.encode(p.prompt, bos=True) for p in ps for _ in range(k)], [s for d in drawn for s in d]))
+    prompts = [tokenizer.encode(p.prompt, bos=True) for p in ps for _ in range(k)]
+    rewards = iter(step_rewards(reward, prompts, [s for d in drawn for s in d]))
     last = least = weighted = 0
     for p, d in zip(ps, drawn, strict=True):
         answers = [arith.answer_of(tokenizer.decode(s)) for s in d]

@@ -69,7 +69,7 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """ids [B, T] -> hidden states [B, T, width], normed; `logits` turns them into [B, T, 46]. `score` is the reward head's weight [1, width]."""
+    """ids [B, T] -> hidden states [B, T, width], normed; `logits` turns them into [B, T, 46]. A reward model has a linear `score` as well."""
 
     def __init__(self, size: Size, seed: int = 0) -> None:
         super().__init__()
@@ -85,10 +85,12 @@ class Llama(nn.Module):
         g = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if p.ndim == 2:
-                std = 0.02 if "embed" in name else p.shape[1] ** -0.5 * (0.1 if "o_proj" in name or "down_proj" in name else 1.0)
+                std = 0.2 if "embed" in name else p.shape[1] ** -0.5 * (0.1 if "o_proj" in name or "down_proj" in name else 1.0)
                 nn.init.normal_(p, std=std, generator=g)
 
-    def forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None, caches: list[tuple[Tensor, Tensor, int]] | None = None) -> Tensor:
+    def forward(
+        self, ids: Tensor, positions: Tensor, mask: Tensor | None, caches: list[tuple[Tensor, Tensor, int]] | None = None
+    ) -> Tensor:
         """positions [T] or [B, T]; mask [B, 1, T, T] bool or None (causal); caches: one (keys, values, start) a layer, written in place."""
         x = self.model.embed_tokens(ids)
         rope = (self.cos[positions], self.sin[positions])

@@ -1,7 +1,7 @@
 """Muon for matrices, AdamW for the rest: the optimizer that learns these tasks in minutes.
 
-Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) makes each matrix's momentum orthogonal by five Newton-Schulz steps. Matrices of
-one shape are done in one batched product, which on a CPU takes the optimizer from a third of a step to a tenth.
+Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) makes each matrix's momentum orthogonal by five Newton-Schulz steps. Matrices
+of one shape are done in one batched product, which on a CPU takes the optimizer from a third of a step to a tenth.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def orthogonalise(g: Tensor) -> Tensor:
 class Muon:
     """`step(scale)` updates all parameters; learning rates are multiplied by `scale`. State is a flat list of tensors for checkpoints."""
 
-    def __init__(self, model: nn.Module, lr: float = 0.02, adam_lr: float = 3e-3, momentum: float = 0.95, decay: float = 0.0) -> None:
+    def __init__(self, model: nn.Module, lr: float = 0.004, adam_lr: float = 3e-3, momentum: float = 0.95, decay: float = 0.0) -> None:
         self.lr, self.adam_lr, self.momentum, self.decay = lr, adam_lr, momentum, decay
         groups: dict[tuple[int, int], list[nn.Parameter]] = {}
         rest = []

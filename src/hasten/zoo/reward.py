@@ -1,7 +1,8 @@
 """The process reward model, trained as Math-Shepherd's (Wang et al. 2023, 2312.08935): labels are rollouts, not a checker.
 
 Policies sample solutions at temperature 1; from each step's end a completer samples a few continuations, and the share that reach the right
-answer is the soft label of the prefix that ends there. A finished solution's label is whether its answer is right. The backbone starts from
+answer is the soft label of the prefix that ends there. A finished solution's label is whether its answer is right, and more solutions
+get that label only. The backbone starts from
 a policy; a part of each batch is true solutions with the language model's loss, which keeps its arithmetic from fading.
 """
 
@@ -9,20 +10,21 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from hasten.rng import key
-from hasten.zoo import arith, data, sample, spec, tokenizer
+from hasten.zoo import arith, data, sample, tokenizer
 from hasten.zoo.model import Llama
 
-POLICIES = {"arith-xs": 2, "arith-s": 3, "arith-m": 3}  # solutions of each for a problem
-COMPLETER, ROLLOUTS, TEMPERATURE = "arith-s", 4, 0.6
-PROBLEMS, CHUNK = 3200, 200
+POLICIES = {"arith-xs": 4, "arith-s": 12}  # solutions of each for a problem
+ROLLED = 2  # of each policy's solutions for a problem, how many get rollouts; the others are labelled at their end only
+COMPLETER, ROLLOUTS, TEMPERATURE = "arith-s", 4, 0.5
+PROBLEMS, CHUNK = 1600, 100
 BATCH, LM_SHARE = 24, 0.25  # solutions a step; weight of the language model's loss
 EPOCH_SEED = 77
 
@@ -56,16 +58,21 @@ def label(chunk: int, policies: dict[str, Llama], completer: Llama) -> list[Labe
     for name, copies in POLICIES.items():
         drawn = sample.sample(policies[name], prompts, 1.0, key(chunk, name) >> 1, copies=copies)
         for p, prompt, solutions in zip(ps, prompts, drawn, strict=True):
-            for s in {tuple(s): s for s in solutions}.values():
-                row = Labelled(prompt + s, delimiters(prompt, s), [])
-                prefixes += [row.ids[: i + 1] for i in row.at[:-1]]
-                answers += [p.answer] * (len(row.at) - 1)
-                row.labels.append(float(arith.answer_of(tokenizer.decode(s)) == p.answer))
+            for i, s in enumerate({tuple(s): s for s in solutions}.values()):
+                outcome = float(arith.answer_of(tokenizer.decode(s)) == p.answer)
+                row = Labelled(prompt + s, delimiters(prompt, s), [outcome])
+                if i >= ROLLED:
+                    row.at = row.at[-2:]
+                    row.labels = [outcome] * len(row.at)
+                else:
+                    prefixes += [row.ids[: j + 1] for j in row.at[:-1]]
+                    answers += [p.answer] * (len(row.at) - 1)
                 rows.append(row)
     rolled = sample.sample(completer, prefixes, TEMPERATURE, key(chunk, "rollout") >> 1, copies=ROLLOUTS)
     shares = iter([sum(_reaches(p, r, a) for r in rs) / ROLLOUTS for p, rs, a in zip(prefixes, rolled, answers, strict=True)])
     for row in rows:
-        row.labels = [next(shares) for _ in row.at[:-1]] + row.labels
+        if len(row.labels) < len(row.at):
+            row.labels = [next(shares) for _ in row.at[:-1]] + row.labels
     return rows
 
 
@@ -73,7 +80,7 @@ def _reaches(prefix: list[int], rest: list[int], answer: str) -> bool:
     return arith.answer_of(tokenizer.decode(rest)) == answer or arith.answer_of(tokenizer.decode(prefix)) == answer
 
 
-def labels(name: str, chunks: int, until: float | None, directories: dict[str, Path] | None = None) -> list[Labelled]:
+def labels(name: str, chunks: int, until: float | None, progress: Callable[[dict], None] | None = None) -> list[Labelled]:
     """All labelled solutions, from the cache where a chunk is there; stops making new ones at monotonic time `until`."""
     from hasten.zoo.train import cache
 
@@ -86,11 +93,13 @@ def labels(name: str, chunks: int, until: float | None, directories: dict[str, P
         if not file.is_file():
             if until is not None and time.monotonic() > until:
                 break
-            policies = policies or {n: sample.load(n, (directories or {}).get(n)) for n in POLICIES}
+            policies = policies or {n: sample.load(n) for n in POLICIES}
             made = label(chunk, policies, policies[COMPLETER])
             part = file.with_suffix(".part")
             part.write_text(json.dumps([[r.ids, r.at, r.labels] for r in made]))
             part.rename(file)
+            if progress:
+                progress({"labelled": chunk + 1, "of": chunks})
         rows += [Labelled(*r) for r in json.loads(file.read_text())]
     return rows
 

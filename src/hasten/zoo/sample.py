@@ -32,7 +32,9 @@ def load(name: str, directory: str | Path | None = None) -> Llama:
 
 
 @torch.inference_mode()
-def sample(model: Llama, prefixes: list[list[int]], temperature: float, seed: int, copies: int = 1, most: int = 110) -> list[list[list[int]]]:
+def sample(
+    model: Llama, prefixes: list[list[int]], temperature: float, seed: int, copies: int = 1, most: int = 110
+) -> list[list[list[int]]]:
     """Continue each prefix `copies` times, to <eos> or `most` tokens: [prefix][copy] -> new token ids. temperature 0 is greedy."""
     out: list[list[list[int]]] = [[] for _ in prefixes]
     groups: dict[int, list[int]] = {}

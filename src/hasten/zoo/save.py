@@ -34,7 +34,7 @@ def config(model: Llama, **more: object) -> object:
     )
 
 
-def policy(model: Llama, name: str, out: Path, record: dict) -> Path:
+def policy(model: Llama, out: Path, record: dict) -> Path:
     """Write a policy to `out` (config, float16 weights, tokenizer, generation config, training.json); returns it."""
     from transformers import GenerationConfig, LlamaForCausalLM
 
@@ -44,6 +44,15 @@ def policy(model: Llama, name: str, out: Path, record: dict) -> Path:
     theirs.tie_weights()
     generation = {"bos_token_id": tokenizer.BOS, "eos_token_id": tokenizer.EOS, "pad_token_id": tokenizer.PAD}
     theirs.generation_config = GenerationConfig(**generation, max_new_tokens=128)
+    return _write(theirs, out, record)
+
+
+def reward(model: Llama, out: Path, record: dict) -> Path:
+    """Write a reward model to `out`, as LlamaForTokenClassification with one label."""
+    from transformers import LlamaForTokenClassification
+
+    theirs = LlamaForTokenClassification(config(model, num_labels=1))
+    theirs.load_state_dict(model.state_dict())
     return _write(theirs, out, record)
 
 

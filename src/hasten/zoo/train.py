@@ -1,8 +1,8 @@
 """Training of the zoo's policies, on one core in minutes: `train("arith-s")`.
 
 The data are endless and a pure function of (seed, step), so a run that was stopped and resumed ends in the same weights as one that was not.
-Muon and a curriculum in K are what makes these tasks learnable in ten million tokens; the linear decay to zero over the last half is
-worth several points.
+Muon and a curriculum in K are what makes these tasks learnable in ten million tokens; the linear decay to zero over the last
+half is worth several points.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hasten.zoo import NAMES, Spec, arith, data, spec
 from hasten.zoo.model import Llama, Size
 from hasten.zoo.muon import Muon
 
-ROWS = 8  # rows of 216 tokens a step
+ROWS = 8  # rows of 176 tokens a step
 CHECKPOINT_SECONDS = 120.0
 Progress = Callable[[dict], None]
 
@@ -43,8 +43,8 @@ def scale(done: float) -> float:
 
 
 def most(done: float) -> int:
-    """The curriculum: the largest K, 2 in the first 5 % of training and all eight from 25 % on."""
-    return min(arith.MAX_STEPS, max(2, 2 + int((done - 0.05) / 0.20 * 6)))
+    """The curriculum: the largest K, 1 in the first 8 % of training, one more each 8 %, all six from 40 % on."""
+    return min(arith.MAX_STEPS, 1 + int(done / 0.08))
 
 
 def loss_of(model: Llama, b: data.Batch) -> Tensor:
@@ -69,16 +69,16 @@ def train(
     """
     s = spec(name)
     if s.kind == "reward":
-        from hasten.zoo import reward
+        from hasten.zoo import prm
 
-        return reward.train(name, out=out, seconds=seconds, resume=resume, progress=progress)
+        return prm.train(name, out=out, seconds=seconds, resume=resume, progress=progress, steps=steps)
     run = Run(name, s, steps or s.tokens // (ROWS * data.ROW))
     if resume:
         run.load()
-    run.go(seconds, progress)
+    run.go(seconds, progress, lambda step: loss_of(run.model, data.batch(s.seed, step, ROWS, most(step / run.steps))))
     from hasten.zoo import save
 
-    return save.policy(run.model, name, Path(out) if out else cache(name) / "model", run.record())
+    return save.policy(run.model, Path(out) if out else cache(name) / "model", run.record())
 
 
 class Run:
@@ -92,12 +92,12 @@ class Run:
         self.optimizer = Muon(self.model)
         self.file = cache(name) / "checkpoint.pt"
 
-    def go(self, seconds: float | None, progress: Progress | None) -> None:
+    def go(self, seconds: float | None, progress: Progress | None, loss_at: Callable[[int], Tensor]) -> None:
         start, wall, cpu = time.monotonic(), time.monotonic(), time.process_time()
         saved = start
         while self.step < self.steps and (seconds is None or time.monotonic() - start < seconds):
             done = self.step / self.steps
-            loss = loss_of(self.model, data.batch(self.spec.seed, self.step, ROWS, most(done)))
+            loss = loss_at(self.step)
             loss.backward()
             self.optimizer.step(scale(done))
             self.model.zero_grad(set_to_none=True)
@@ -115,7 +115,8 @@ class Run:
     def record(self) -> dict:
         """What the card says of the run."""
         tokens = self.step * ROWS * data.ROW
-        return {"name": self.name, "spec": asdict(self.spec), "steps": self.step, "of": self.steps, "tokens": tokens, "seconds": self.seconds, "cpu": self.cpu}
+        run = {"steps": self.step, "of": self.steps, "tokens": tokens, "seconds": self.seconds, "cpu": self.cpu}
+        return {"name": self.name, "spec": asdict(self.spec)} | run
 
     def save(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,56 @@
+"""Model cards: what was measured, as README.md beside the weights. `python -m hasten.zoo.card NAME...` measures and writes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from hasten.zoo import NAMES, arith, path, sample, spec
+from hasten.zoo.evaluate import evaluate
+from hasten.zoo.model import Llama
+
+TASK = """The task is chained arithmetic modulo 23 (`hasten.zoo.arith`): K = 1 to 6 steps, one distractor, all splits disjoint by structure.
+Test problems: the fixed set of 2,000, numbers uniform. In training %.0f %% of the facts `x op y` are seen %.0f times less often.
+"""
+
+
+def write(name: str, directory: str | Path | None = None, n: int = 2000) -> Path:
+    """Measure a model and write README.md and card.json into its directory; returns the directory."""
+    folder = Path(directory or path(name))
+    training = json.loads((folder / "training.json").read_text())
+    result = evaluate(name, n=n, directory=folder, reward=_reward() if spec(name).kind == "policy" else None)
+    (folder / "card.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / "README.md").write_text(text(name, training, result))
+    return folder
+
+
+def _reward() -> Llama | None:
+    try:
+        return sample.load("arith-prm-s")
+    except ValueError:
+        return None
+
+
+def text(name: str, training: dict, result: dict) -> str:
+    """The card as Markdown."""
+    s = NAMES[name]
+    parameters = 46 * s.width + s.layers * (4 * s.width**2 + 3 * s.width * s.inner)
+    what = f"A Llama of {parameters:,} parameters ({s.layers} layers of {s.width}), trained from scratch on one CPU core."
+    lines = [f"# {name}", "", what, ""]
+    lines += [TASK % (100 * arith.RARE_SHARE, 1 / arith.RARE_KEPT), "| measured on the test set | value |", "|---|---|"]
+    lines += [f"| {k} | {v if isinstance(v, (int, float)) else json.dumps(v)} |" for k, v in result.items() if k != "name"]
+    lines += ["", "| training | value |", "|---|---|"]
+    flat = {k: v for k, v in training.items() if k not in ("name", "spec")} | training["spec"]
+    lines += [f"| {k} | {round(v, 1) if isinstance(v, float) else json.dumps(v)} |" for k, v in flat.items()]
+    how = f"hasten.zoo.train {name}` and `python -m hasten.zoo.card {name}"
+    lines += ["", f"Again with `python -m {how}`. `seconds` is wall time on a shared machine, `cpu` is CPU seconds of one thread.", ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for each in sys.argv[1:]:
+        print(write(each))

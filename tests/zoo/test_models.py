@@ -1,0 +1,51 @@
+"""Every shipped model loads offline and is as good as its card says."""
+
+import json
+
+import pytest
+import torch
+
+from hasten import zoo
+from hasten.zoo import prm
+from hasten.zoo.evaluate import evaluate
+
+N = 100
+
+
+def shipped():
+    folder = zoo.Path(zoo.__file__).parent / "models"
+    return [n for n in zoo.NAMES if (folder / n / "card.json").is_file()]
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_loads_offline(name, monkeypatch):
+    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    kind = AutoModelForCausalLM if zoo.NAMES[name].kind == "policy" else AutoModelForTokenClassification
+    model = kind.from_pretrained(zoo.path(name))
+    ids = AutoTokenizer.from_pretrained(zoo.path(name))("a = 7 ; b = a * 3 ; c = b + a ; ? c :", return_tensors="pt")
+    with torch.no_grad():
+        assert torch.isfinite(model.float()(ids.input_ids).logits).all()
+
+
+@pytest.mark.parametrize("name", [n for n in shipped() if zoo.NAMES[n].kind == "policy"])
+def test_a_policy_reaches_its_card(name):
+    card = json.loads((zoo.path(name) / "card.json").read_text())
+    share = card["greedy"]
+    margin = 3.3 * (max(share * (1 - share), 0.02) / N) ** 0.5  # one in a thousand; K varies from card to sample as well
+    assert abs(evaluate(name, n=N, samples=0)["greedy"] - share) <= margin
+
+
+@pytest.mark.parametrize("name", [n for n in shipped() if zoo.NAMES[n].kind == "reward"])
+def test_a_reward_model_reaches_its_card(name):
+    card = json.loads((zoo.path(name) / "card.json").read_text())
+    got = prm.evaluate(name, n=N)
+    for policy in [k for k in got if k.startswith("arith-")]:
+        assert abs(got[policy]["step_auc"] - card[policy]["step_auc"]) < 0.1
+
+
+def test_auc_and_calibration_error_on_known_values():
+    assert prm.auc([0.1, 0.4, 0.35, 0.8], [False, False, True, True]) == 0.75
+    assert prm.auc([0.5, 0.5], [False, True]) == 0.5
+    assert prm.calibration_error([0.25, 0.25, 0.25, 0.25], [True, False, False, False]) == 0.0
