@@ -20,7 +20,7 @@ WORDS = ["<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<system>", *"abcde
 def directory(tmp_path_factory: Any) -> Path:
     """A user's instruct checkpoint: a tiny random Llama with its tokenizer and chat template."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     path = tmp_path_factory.mktemp("user") / "model"
     torch.manual_seed(0)

@@ -196,7 +196,7 @@ def measure(
     parsed = [load_recipe(text) for text in recipes]
     with _keeping(lambda: _measured(out)), terminal.Progress() as progress, contextlib.redirect_stdout(sys.stderr):
         found = run(
-            parsed, task=task, items=items, concurrency=concurrency, out=str(out), template=template, device=device, dtype=dtype,
+            parsed, task=task, n=items, concurrency=concurrency, out=str(out), template=template, device=device, dtype=dtype,
             progress=progress,
         )  # fmt: skip
     terminal.print_json(found) if json_ else terminal.show_measurements("", found)

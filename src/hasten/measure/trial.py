@@ -10,10 +10,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hasten import hf
+from hasten.artifact import model_fingerprint
 from hasten.engine import Engine
 from hasten.load import Loaded
 from hasten.measure import quality, stats
@@ -63,7 +66,7 @@ class Trial:
     @property
     def key(self) -> str:
         """Names the recipe, the task and the machine: what a measurement may be reused for."""
-        text = "|".join((self.recipe.fingerprint, self.setting.task.digest, self.split, self.setting.stamp))
+        text = "|".join((self.recipe.fingerprint, *weights(self.recipe), self.setting.task.digest, self.split, self.setting.stamp))
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 
     @property
@@ -123,6 +126,13 @@ class Trial:
             "machine": dict(self.setting.machine),
             "contended": any(line["contended"] for line in self.times),
         }
+
+
+def weights(recipe: Recipe) -> list[str]:
+    """Fingerprints of the models a recipe names: what was measured of a model says nothing of one trained anew under the same name."""
+    sources = [recipe.model, *(str(value) for use in recipe.uses for name, value in use.options.items() if name in ("reward", "model"))]
+    paths = [Path(hf.resolve(source)) for source in sources]
+    return [model_fingerprint(path) if path.is_dir() else str(path) for path in paths]
 
 
 def closed_loop(engine: Engine, requests: Iterable[tuple[Key, Request]], in_flight: int) -> Iterator[tuple[Key, Result]]:
