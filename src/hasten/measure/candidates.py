@@ -48,7 +48,8 @@ def candidates(source: str | None, added: Sequence[str] = (), lossless: bool = F
     strategies = [] if lossless or not answered else proposed(source)
     options = _by_slot([*DECODES, *strategies, *uses])
     decodes = tuple(options.pop("decode", ()))
-    first = _unique(recipe for base in (bases[-1:] if lossless else bases) for recipe in combined(base, options))
+    largest_first = bases[-1:] if lossless else bases[::-1]
+    first = _unique(recipe for alike in zip(*(combined(base, options) for base in largest_first), strict=True) for recipe in alike)
     if lossless:
         first = [recipe for recipe in first if keeps_distribution(recipe)]
         decodes = tuple(use for use in decodes if techniques.technique(use.name).exactness != "approximate")

@@ -7,7 +7,6 @@ reported for it has no winner's curse. The rule of choice is in `pareto`, the sa
 from __future__ import annotations
 
 import shlex
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,9 +42,8 @@ def pick(
     if dry_run:
         return planned(plan)
     limit = minutes if minutes is not None else MINUTES if source is None else float("inf")
-    deadline = time.monotonic() + 60 * limit
     setting = make_setting(loaded, concurrency, out, template, device, dtype)
-    run = Run(setting, plan, progress or Silent(), dict(budgets or {}), dict(targets or {}), bool(budgets or targets), deadline)
+    run = Run(setting, plan, progress or Silent(), dict(budgets or {}), dict(targets or {}), bool(budgets or targets), 60 * limit)
     halve(run)
     document = evidence(run, chosen(run))
     document |= {"out": out, "command": command(source, task, techniques, budgets, targets, lossless, concurrency)}

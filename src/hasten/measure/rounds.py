@@ -14,6 +14,7 @@ from typing import Any
 from hasten.measure import pareto, stats
 from hasten.measure.candidates import Candidates
 from hasten.measure.measure import Progress, answer, block_items
+from hasten.measure.tasks import Item
 from hasten.measure.trial import Setting, Trial, difference
 from hasten.recipe import Recipe
 from hasten.values import UserError
@@ -21,6 +22,7 @@ from hasten.values import UserError
 ITEMS = (32, 96, 300)  # items that a candidate of each round has answered
 BLOCKS = (1, 3, 6)  # blocks of timed requests after each round
 KEPT = (12, 5, 5)  # candidates that leave each round, the baseline apart
+SHARES = (0.45, 0.7, 1.0)  # of the time there is, at the end of each round
 REACH = 1.5  # times the budget: what is dearer is not followed, as no decode technique is expected to make up for more
 
 
@@ -34,7 +36,9 @@ class Run:
     budget: dict[str, float]
     targets: Mapping[str, float]
     fixed: bool
-    deadline: float = float("inf")  # of time.monotonic; no work is begun after it but what the baseline needs
+    seconds: float = float("inf")  # for all rounds
+    began: float = field(default_factory=time.monotonic)
+    deadline: float = float("inf")  # of the round, on the monotonic clock; after it only the baseline is measured
     trials: dict[Recipe, Trial] = field(default_factory=dict)
     _shown: dict[Recipe, tuple[int, int]] = field(default_factory=dict)
 
@@ -71,9 +75,7 @@ def halve(run: Run) -> None:
     """All rounds. After the first, survivors are joined by their twins with other decode techniques."""
     alive = start(run, run.plan.first)
     for number in range(len(ITEMS)):
-        if number and run.late:
-            run.progress.log("time is up: no further round")
-            return
+        run.deadline = run.began + SHARES[number] * run.seconds
         alive = sweep(run, alive, number)
         alive = survivors(run, alive, KEPT[number])
         if number == 0:
@@ -90,20 +92,30 @@ def start(run: Run, recipes: Sequence[Recipe]) -> list[Trial]:
 def sweep(run: Run, alive: Sequence[Trial], number: int) -> list[Trial]:
     """One round of measuring: blocks of cost, interleaved, then quality. What cannot run here is refused, with the reason."""
     items = run.setting.task.items["calibration"][: ITEMS[number]]
+    if number == 0:  # something to look at while the others are timed
+        attempt(run, run.baseline, lambda: first_look(run, items))
     steps = [(trial, block) for block in range(BLOCKS[number]) for trial in alive]
     for done, (trial, block) in enumerate(steps, 1):
-        attempt(run, trial, lambda t=trial, b=block: t.time(b, block_items(t, b)), number > 0)  # type: ignore[misc]
+        attempt(run, trial, lambda t=trial, b=block: t.time(b, block_items(t, b)))  # type: ignore[misc]
         run.progress.update(f"cost, round {number + 1}", done, len(steps))
     set_budget(run)
     for trial in sorted(alive, key=lambda t: not near(run, t)):
-        attempt(run, trial, lambda t=trial: answer(t, items, run.progress), number > 0 or not near(run, trial))  # type: ignore[misc]
+        attempt(run, trial, lambda t=trial: answer(t, items, run.progress))  # type: ignore[misc]
         show(run, trial)
+    if run.late:
+        run.progress.log(f"time is up in round {number + 1}: what is left of it is not measured")
     return [trial for trial in alive if not trial.refused]
 
 
-def attempt(run: Run, trial: Trial, work: Callable[[], None], can_wait: bool) -> None:
+def first_look(run: Run, items: Sequence[Item]) -> None:
+    run.baseline.time(0, block_items(run.baseline, 0))
+    answer(run.baseline, items, run.progress)
+    show(run, run.baseline)
+
+
+def attempt(run: Run, trial: Trial, work: Callable[[], None]) -> None:
     """Do a piece of work unless the trial was refused or the time is up; a UserError refuses the trial (the baseline: ends the run)."""
-    if trial.refused or (run.late and can_wait and trial is not run.baseline):
+    if trial.refused or (run.late and trial is not run.baseline):
         return
     try:
         work()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class Trial:
             self.outcomes[line["item"]] = Outcome(line["item"], line["value"], tuple(line.get("tokens", ())))
         self.times = list(self.setting.store.timed(self.key))
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Names the recipe, the task and the machine: what a measurement may be reused for."""
         text = "|".join((self.recipe.fingerprint, *weights(self.recipe), self.setting.task.digest, self.split, self.setting.stamp))
