@@ -23,12 +23,13 @@ class Spec:
     tokens: int
     seed: int
     start: str | None = None
+    more: int = 0  # tokens of a second cycle, with all K from its start and the rate falling to zero again
 
 
 NAMES: dict[str, Spec] = {
-    "arith-xs": Spec("policy", width=64, inner=176, layers=2, heads=4, tokens=6_000_000, seed=1),
+    "arith-xs": Spec("policy", width=64, inner=176, layers=2, heads=4, tokens=6_000_000, seed=1, more=8_000_000),
     "arith-s": Spec("policy", width=96, inner=256, layers=3, heads=6, tokens=8_000_000, seed=2),
-    "arith-m": Spec("policy", width=96, inner=256, layers=6, heads=6, tokens=8_000_000, seed=3),
+    "arith-m": Spec("policy", width=96, inner=256, layers=6, heads=6, tokens=6_000_000, seed=3, start="arith-s"),
     "arith-prm-s": Spec("reward", width=96, inner=256, layers=3, heads=6, tokens=4_000_000, seed=4, start="arith-s"),
 }
 

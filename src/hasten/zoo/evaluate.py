@@ -14,9 +14,15 @@ from hasten.zoo.model import Llama
 
 
 def evaluate(
-    name: str, n: int = 2000, samples: int = 16, seed: int = 0, directory: str | Path | None = None, reward: Llama | None = None
+    name: str,
+    n: int = 2000,
+    samples: int = 16,
+    seed: int = 0,
+    directory: str | Path | None = None,
+    reward: Llama | None = None,
+    sampled: int = 500,
 ) -> dict:
-    """Re-measure a card on the first n test problems; writes nothing.
+    """Re-measure a card: greedy on the first n test problems, and what needs samples on the first `sampled` of them; writes nothing.
 
     A policy: accuracy greedy and of one sample, vote@k, pass@k, how often a wrong vote was a majority's, and with a reward model best-of-k.
     A reward model: AUC a step against the true checker and calibration error, on solutions of every policy that is there.
@@ -34,8 +40,9 @@ def evaluate(
     by_k = {k: _mean([g for g, p in zip(greedy, ps, strict=True) if p.k == k]) for k in range(1, arith.MAX_STEPS + 1)}
     result = {"name": name, "n": n, "greedy": _mean(greedy), "greedy_by_k": by_k}
     if samples:
-        drawn = sample.sample(model, prompts, 1.0, seed, copies=samples)
-        result |= votes(ps, drawn) | (best_of(ps, drawn, reward) if reward else {})
+        ps = ps[:sampled]
+        drawn = sample.sample(model, prompts[:sampled], 1.0, seed, copies=samples)
+        result |= {"sampled_n": len(ps)} | votes(ps, drawn) | (best_of(ps, drawn, reward) if reward else {})
     return result | {"cpu_seconds": round(time.process_time() - start, 1)}
 
 

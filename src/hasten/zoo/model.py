@@ -69,7 +69,7 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """ids [B, T] -> hidden states [B, T, width], normed; `logits` turns them into [B, T, 46]. A reward model has a linear `score` as well."""
+    """ids [B, T] -> hidden states [B, T, width], normed; `logits` makes them [B, T, 46]. A reward model has a linear `score` as well."""
 
     def __init__(self, size: Size, seed: int = 0) -> None:
         super().__init__()
