@@ -116,7 +116,7 @@ def problems(split: str, n: int | None = None, start: int = 0) -> Iterator[Probl
         index += 1
 
 
-def _pick(r: random.Random, items: list) -> object:
+def _pick(r: random.Random, items: list[Operand]) -> Operand:
     return items[int(r.random() * len(items))]
 
 

@@ -63,7 +63,8 @@ def batch(seed: int, step: int, rows: int, most: int, skew: bool = True) -> Batc
 def _sizes(seed: int, step: int, row: int, most: int) -> list[int]:
     """K of each document of a row: k and most + 1 - k, so that K is uniform, and then whatever fits."""
     k = 1 + key(seed, step, row, "k") % most
-    sizes, room = [], ROW
+    sizes: list[int] = []
+    room = ROW
     while True:
         for n in (k, most + 1 - k):
             if length(n) > room:
