@@ -37,13 +37,13 @@ def size(s: Spec) -> Size:
     return Size(s.width, s.inner, s.layers, s.heads)
 
 
-def scale(done: float) -> float:
-    """Learning-rate factor after a share `done` of training: a short rise, level, then linear to zero over the last half."""
-    return min(1.0, done / 0.01 + 0.02, (1.0 - done) / 0.5)
+def scale(done: float, decay: float = 0.5) -> float:
+    """Learning-rate factor after a share `done` of training: a short rise, level, then linear to zero over the last share `decay`."""
+    return min(1.0, done / 0.01 + 0.02, (1.0 - done) / decay)
 
 
 def most(done: float, grown: bool = False) -> int:
-    """The curriculum: the largest K, 1 in the first 8 % of training, one more each 8 %, all six from 40 % on; all at once for a grown model."""
+    """The curriculum: the largest K, 1 in the first 8 % of training, one more each 8 %, all six from 40 %; all at once if grown."""
     return arith.MAX_STEPS if grown else min(arith.MAX_STEPS, 1 + int(done / 0.08))
 
 
@@ -133,7 +133,7 @@ class Run:
 
     def scale(self) -> float:
         if self.step < self.first:
-            return scale(self.step / self.first)
+            return scale(self.step / self.first, self.spec.decay)
         return 0.75 * min(1.0, (self.step - self.first + 1) / 100) * (self.steps - self.step) / (self.steps - self.first)
 
     def record(self) -> dict:
