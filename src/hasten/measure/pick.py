@@ -41,6 +41,8 @@ def pick(
     plan = candidates(source, techniques, lossless, loaded.answered)
     if dry_run:
         return planned(plan)
+    if source is None:
+        one_thread()
     limit = minutes if minutes is not None else MINUTES if source is None else float("inf")
     setting = make_setting(loaded, concurrency, out, template, device, dtype)
     run = Run(setting, plan, progress or Silent(), dict(budgets or {}), dict(targets or {}), bool(budgets or targets), 60 * limit)
@@ -71,6 +73,13 @@ def planned(plan: Candidates) -> dict[str, Any]:
     lines = [f"  {row['recipe_text']}" + (f"   not here: {row['why_not']}" if row["why_not"] else "") for row in rows]
     why = f"{len(rows)} recipes would be considered; the baseline is {plan.baseline}\n" + "\n".join(lines)
     return {"candidates": rows, "baseline_text": str(plan.baseline), "why": why}
+
+
+def one_thread() -> None:
+    """The zoo's weights fit into one core's cache, where a second thread costs more than it brings (the report states the number of threads)."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 # --- choosing --------------------------------------------------------------------------------------------------------------------------

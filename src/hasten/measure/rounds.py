@@ -19,9 +19,9 @@ from hasten.measure.trial import Setting, Trial, difference
 from hasten.recipe import Recipe
 from hasten.values import UserError
 
-ITEMS = (32, 96, 300)  # items that a candidate of each round has answered
+ITEMS = (24, 80, 300)  # items that a candidate of each round has answered
 BLOCKS = (1, 3, 6)  # blocks of timed requests after each round
-KEPT = (12, 5, 5)  # candidates that leave each round, the baseline apart
+KEPT = (8, 5, 5)  # candidates that leave each round, the baseline apart
 SHARES = (0.45, 0.7, 1.0)  # of the time there is, at the end of each round
 REACH = 1.5  # times the budget: what is dearer is not followed, as no decode technique is expected to make up for more
 
@@ -64,7 +64,7 @@ class Run:
         return [self.measurement(t) for t in among if t.outcomes and t.times and not t.refused]
 
     def trial(self, measurement: pareto.Measurement) -> Trial:
-        return self.trials[Recipe.from_json(measurement["recipe"])]
+        return next(t for t in self.trials.values() if str(t.recipe) == measurement["recipe_text"])
 
     def difference(self, a: pareto.Measurement, b: pareto.Measurement) -> stats.Estimate:
         """Quality of a minus quality of b, paired over items."""
@@ -151,22 +151,27 @@ def set_budget(run: Run) -> None:
 
 
 def survivors(run: Run, alive: Sequence[Trial], most: int) -> list[Trial]:
-    """The baseline, and at most `most` others: not far over the budget, not shown to be worse than the leader, highest upper bound first."""
-    affordable = [t for t in alive if t.outcomes and near(run, t)]
-    leader = lead(run, affordable)
-    hopeful = [t for t in affordable if leader is None or difference(t, leader, run.baseline.outcomes).high >= 0]
-    ranked = sorted((t for t in hopeful if t is not run.baseline), key=lambda t: -run.measurement(t)["quality"]["ci"][1])
-    return [run.baseline, *ranked[:most]]
+    """The baseline, and at most `most` others: not far over the budget and not hopeless, the most promising first."""
+    affordable = [t for t in alive if t.outcomes and t is not run.baseline and near(run, t)]
+    promising = towards_target(run, affordable) if run.targets else towards_best(run, affordable)
+    return [run.baseline, *promising[:most]]
+
+
+def towards_best(run: Run, trials: Sequence[Trial]) -> list[Trial]:
+    """Those not shown to be worse than the leader, highest upper bound of quality first."""
+    fitting = [m for m in run.measured([run.baseline, *trials]) if pareto.inside(m, run.budget)]
+    leader = run.trial(max(fitting, key=pareto.quality)) if fitting else None
+    hopeful = [t for t in trials if leader is None or difference(t, leader, run.baseline.outcomes).high >= 0]
+    return sorted(hopeful, key=lambda t: -run.measurement(t)["quality"]["ci"][1])
+
+
+def towards_target(run: Run, trials: Sequence[Trial]) -> list[Trial]:
+    """Those that may still reach the target, cheapest first."""
+    measured = [m for m in run.measured(trials) if m["quality"]["ci"][1] >= max(run.targets.values())]
+    return [run.trial(m) for m in sorted(measured, key=lambda m: pareto.cost(m, run.axis))]
 
 
 def near(run: Run, trial: Trial) -> bool:
     """Whether a trial costs at most `REACH` times the budget, as far as is known."""
     measured = run.measurement(trial)
     return not trial.times or all(pareto.cost(measured, axis) <= REACH * most for axis, most in run.budget.items())
-
-
-def lead(run: Run, trials: Sequence[Trial]) -> Trial | None:
-    """The best trial inside the budget so far; None where a target is to be reached cheaply: then the best is not what is looked for."""
-    fitting = [] if run.targets else [m for m in run.measured(trials) if pareto.inside(m, run.budget)]
-    best = max(fitting, key=pareto.quality, default=None)
-    return run.trial(best) if best else None
