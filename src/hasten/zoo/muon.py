@@ -27,6 +27,8 @@ class Muon:
         groups: dict[tuple[int, int], list[nn.Parameter]] = {}
         rest = []
         for name, p in model.named_parameters():
+            if not p.requires_grad:
+                continue
             if p.ndim == 2 and "embed" not in name and "score" not in name and "lm_head" not in name:
                 groups.setdefault((min(p.shape), max(p.shape)), []).append(p)
             else:

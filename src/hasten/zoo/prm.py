@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from hasten.rng import key
-from hasten.zoo import NAMES, arith, data, sample, spec, tokenizer
+from hasten.zoo import NAMES, arith, sample, spec, tokenizer
 from hasten.zoo import evaluate as measuring
 from hasten.zoo.model import Llama
 from hasten.zoo.muon import Muon
-from hasten.zoo.reward import BATCH, CHUNK, COMPLETER, LM_SHARE, POLICIES, PROBLEMS, ROLLOUTS, TEMPERATURE, Labelled, labels, loss_of
+from hasten.zoo.reward import BATCH, CHUNK, COMPLETER, POLICIES, PROBLEMS, ROLLOUTS, TEMPERATURE, Labelled, labels, loss_of
 
 Progress = Callable[[dict], None]
 
@@ -36,11 +36,11 @@ def train(
     rows = labels(name, PROBLEMS // CHUNK, None if label_seconds is None else wall + label_seconds, progress)
     run = Run(name, s, steps or s.tokens // (BATCH * 90))
     assert s.start is not None
-    run.model.load_state_dict(sample.load(s.start).state_dict())
+    _build_on(run.model, sample.load(s.start))
     run.model.score = torch.nn.Linear(s.width, 1)
     torch.nn.init.zeros_(run.model.score.weight)
     torch.nn.init.zeros_(run.model.score.bias)
-    run.optimizer = Muon(run.model, lr=0.002, adam_lr=1e-3)
+    run.optimizer = Muon(run.model, lr=0.004, adam_lr=2e-3)
     if resume:
         run.load()
     run.cpu, run.seconds = run.cpu + time.process_time() - cpu, run.seconds + time.monotonic() - wall
@@ -56,10 +56,23 @@ def train(
     return save.reward(run.model, Path(out) if out else cache(name) / "model", record)
 
 
+def _build_on(model: Llama, policy: Llama) -> None:
+    """Put a frozen policy below: the layers above it begin as identities and read at a step's end what the policy expected there."""
+    model.model.embed_tokens.load_state_dict(policy.model.embed_tokens.state_dict())
+    model.model.norm.load_state_dict(policy.model.norm.state_dict())
+    model.model.embed_tokens.requires_grad_(False)
+    for i, layer in enumerate(model.model.layers):
+        if i < len(policy.model.layers):
+            layer.load_state_dict(policy.model.layers[i].state_dict())
+            layer.requires_grad_(False)
+        else:
+            torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+            torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+
+
 def _loss(model: Llama, rows: list[Labelled], seed: int, step: int) -> torch.Tensor:
     chosen = [rows[key(seed, step, i) % len(rows)] for i in range(BATCH)]
-    reward, language = loss_of(model, chosen, data.batch(seed, step, 4, arith.MAX_STEPS, skew=False))
-    return reward + LM_SHARE * language
+    return loss_of(model, chosen)
 
 
 def evaluate(name: str, n: int = 2000, seed: int = 0, directory: str | Path | None = None) -> dict:

@@ -2,8 +2,8 @@
 
 Policies sample solutions at temperature 1; from each step's end a completer samples a few continuations, and the share that reach the right
 answer is the soft label of the prefix that ends there. A finished solution's label is whether its answer is right, and more solutions
-get that label only. The backbone starts from
-a policy; a part of each batch is true solutions with the language model's loss, which keeps its arithmetic from fading.
+get that label only. The model is a frozen policy with two
+trained layers on top: they compare what a step says with what the policy expected there.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hasten.rng import key
-from hasten.zoo import arith, data, sample, tokenizer
+from hasten.zoo import arith, sample, tokenizer
 from hasten.zoo.model import Llama
 
-POLICIES = {"arith-xs": 4, "arith-s": 12}  # solutions of each for a problem
-ROLLED = 2  # of each policy's solutions for a problem, how many get rollouts; the others are labelled at their end only
-COMPLETER, ROLLOUTS, TEMPERATURE = "arith-s", 4, 0.5
-PROBLEMS, CHUNK = 1600, 100
-BATCH, LM_SHARE = 24, 0.25  # solutions a step; weight of the language model's loss
+POLICIES = {"arith-xs": 2, "arith-s": 6, "arith-m": 4}  # solutions of each for a problem
+ROLLED = 6  # of each policy's solutions for a problem, how many get rollouts; the others are labelled at their end only
+COMPLETER, ROLLOUTS, TEMPERATURE = "arith-m", 2, 0.5
+PROBLEMS, CHUNK = 1000, 50
+BATCH = 24  # solutions a step
 EPOCH_SEED = 77
 
 
@@ -104,8 +104,8 @@ def labels(name: str, chunks: int, until: float | None, progress: Callable[[dict
     return rows
 
 
-def loss_of(model: Llama, rows: list[Labelled], truths: data.Batch) -> tuple[Tensor, Tensor]:
-    """(binary cross-entropy a delimiter, language-model loss a token of true solutions)."""
+def loss_of(model: Llama, rows: list[Labelled]) -> Tensor:
+    """Binary cross-entropy, the mean over delimiters."""
     width = max(len(r.ids) for r in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.int64)
     where, target = [], []
@@ -114,6 +114,4 @@ def loss_of(model: Llama, rows: list[Labelled], truths: data.Batch) -> tuple[Ten
         where += [i * width + j for j in r.at]
         target += r.labels
     hidden = model(ids, torch.arange(width), None).flatten(0, 1)[torch.tensor(where)]
-    bce = F.binary_cross_entropy_with_logits(model.score(hidden)[:, 0], torch.tensor(target))
-    logits = model.logits(model(truths.ids, truths.positions, truths.mask()))
-    return bce, F.cross_entropy(logits.flatten(0, 1), truths.targets.flatten(), ignore_index=-100)
+    return F.binary_cross_entropy_with_logits(model.score(hidden)[:, 0], torch.tensor(target))

@@ -88,7 +88,12 @@ def grow(model: Llama, start: str) -> None:
     """
     from hasten.zoo import sample
 
-    small = sample.load(start)
+    first = cache(start) / "first.pt"  # the end of its first cycle, where it has a second
+    if first.is_file():
+        small = Llama(size(spec(start)))
+        small.load_state_dict(torch.load(first, weights_only=True)["model"])
+    else:
+        small = sample.load(start)
     model.model.embed_tokens.load_state_dict(small.model.embed_tokens.state_dict())
     model.model.norm.load_state_dict(small.model.norm.state_dict())
     for i, layer in enumerate(model.model.layers):
@@ -121,6 +126,8 @@ class Run:
             self.optimizer.step(self.scale())
             self.model.zero_grad(set_to_none=True)
             self.step += 1
+            if self.step == self.first < self.steps:
+                self.save("first.pt")
             now = time.monotonic()
             self.seconds, self.cpu = self.seconds + now - wall, self.cpu + time.process_time() - cpu
             wall, cpu = now, time.process_time()
@@ -142,12 +149,12 @@ class Run:
         run = {"steps": self.step, "of": self.steps, "tokens": tokens, "seconds": self.seconds, "cpu": self.cpu}
         return {"name": self.name, "spec": asdict(self.spec)} | run
 
-    def save(self) -> None:
+    def save(self, name: str = "checkpoint.pt") -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         part = self.file.with_suffix(".part")
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state(), "run": json.dumps(self.record())}
         torch.save(state, part)
-        part.rename(self.file)
+        part.rename(self.file.with_name(name))
 
     def load(self) -> None:
         """Go on from the checkpoint if there is one of the same run; another setting's is left alone and overwritten later."""
