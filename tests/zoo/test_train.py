@@ -61,3 +61,12 @@ def test_orthogonalise_gives_singular_values_near_one():
 def test_names_that_do_not_exist_get_the_nearest():
     with pytest.raises(ValueError, match="arith-xs'"):
         zoo.path("arith-xxs")
+
+
+def test_a_grown_model_computes_what_the_small_one_did():
+    small, grown = sample.load("arith-s"), Llama(train.size(zoo.spec("arith-m")), seed=5)
+    train.grow(grown, "arith-s")
+    ids = torch.tensor([data.tokens(arith.sample_problem(0, 0, "test", k=2))[0]])
+    with torch.no_grad():
+        a, b = (m.logits(m(ids, torch.arange(ids.shape[1]), None)) for m in (small, grown))
+    torch.testing.assert_close(a, b)
