@@ -29,7 +29,7 @@ class Spec:
 
 NAMES: dict[str, Spec] = {
     "arith-xs": Spec("policy", width=64, inner=176, layers=2, heads=4, tokens=6_000_000, seed=1, more=8_000_000),
-    "arith-s": Spec("policy", width=96, inner=256, layers=3, heads=6, tokens=8_000_000, seed=2, more=4_000_000),
+    "arith-s": Spec("policy", width=96, inner=256, layers=3, heads=6, tokens=8_000_000, seed=2, more=1_200_000),
     "arith-m": Spec("policy", width=96, inner=256, layers=6, heads=6, tokens=3_400_000, seed=3, start="arith-s", decay=0.2),
     "arith-prm-s": Spec("reward", width=96, inner=256, layers=8, heads=6, tokens=3_200_000, seed=4, start="arith-m"),
 }
