@@ -15,7 +15,7 @@ from hasten.measure.trial import Load, Setting, Trial
 from hasten.recipe import Recipe
 from hasten.values import UserError
 
-ITEMS, BLOCKS, BLOCK = 300, 6, 4  # items for quality; blocks of requests for cost, and requests in a block for each one in flight
+ITEMS, BLOCKS, BLOCK = 300, 10, 2  # items for quality; blocks of requests for cost, and requests in a block for each one in flight
 
 
 class Progress(Protocol):

@@ -20,7 +20,7 @@ from hasten.measure.trial import Trial, difference, slowdown
 from hasten.recipe import Recipe, save_recipe
 from hasten.values import UserError, did_you_mean
 
-CONFIRM, CONFIRM_BLOCKS = 500, 5  # test items, and blocks of timed requests, for the winner and the baseline
+CONFIRM, CONFIRM_BLOCKS = 500, 10  # test items, and blocks of timed requests, for the winner and the baseline
 MINUTES = 3.0  # after which the run on the zoo measures no more candidates
 
 

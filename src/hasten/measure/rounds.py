@@ -20,7 +20,7 @@ from hasten.recipe import Recipe
 from hasten.values import UserError
 
 ITEMS = (24, 80, 300)  # items that a candidate of each round has answered
-BLOCKS = (1, 3, 6)  # blocks of timed requests after each round
+BLOCKS = (1, 4, 10)  # blocks of timed requests after each round
 KEPT = (8, 5, 5)  # candidates that leave each round, the baseline apart
 SHARES = (0.45, 0.7, 1.0)  # of the time there is, at the end of each round
 REACH = 1.5  # times the budget: what is dearer is not followed, as no decode technique is expected to make up for more
@@ -90,10 +90,30 @@ def start(run: Run, recipes: Sequence[Recipe]) -> list[Trial]:
 
 
 def sweep(run: Run, alive: Sequence[Trial], number: int) -> list[Trial]:
-    """One round of measuring: blocks of cost, interleaved, then quality. What cannot run here is refused, with the reason."""
+    """One round of measuring. What cannot run here is refused, with the reason; what is left when the time is up is not measured."""
     items = run.setting.task.items["calibration"][: ITEMS[number]]
-    if number == 0:  # something to look at while the others are timed
-        attempt(run, run.baseline, lambda: first_look(run, items))
+    (opening if number == 0 else interleaved)(run, alive, items, number)
+    if run.late:
+        run.progress.log(f"time is up in round {number + 1}: what is left of it is not measured")
+    return [trial for trial in alive if not trial.refused]
+
+
+def opening(run: Run, alive: Sequence[Trial], items: Sequence[Item], number: int) -> None:
+    """The first round goes recipe by recipe, so that each line comes as soon as it can; what is far over the budget is answered last."""
+    for done, trial in enumerate([run.baseline, *(t for t in alive if t is not run.baseline)], 1):
+        attempt(run, trial, lambda t=trial: t.time(0, block_items(t, 0)))  # type: ignore[misc]
+        set_budget(run)
+        if near(run, trial):
+            attempt(run, trial, lambda t=trial: answer(t, items, run.progress))  # type: ignore[misc]
+            show(run, trial)
+        run.progress.update("round 1", done, len(alive))
+    for trial in alive:
+        attempt(run, trial, lambda t=trial: answer(t, items, run.progress))  # type: ignore[misc]
+        show(run, trial)
+
+
+def interleaved(run: Run, alive: Sequence[Trial], items: Sequence[Item], number: int) -> None:
+    """Later rounds time one block of every recipe before the next block of any: what is compared was measured side by side."""
     steps = [(trial, block) for block in range(BLOCKS[number]) for trial in alive]
     for done, (trial, block) in enumerate(steps, 1):
         attempt(run, trial, lambda t=trial, b=block: t.time(b, block_items(t, b)))  # type: ignore[misc]
@@ -102,15 +122,6 @@ def sweep(run: Run, alive: Sequence[Trial], number: int) -> list[Trial]:
     for trial in sorted(alive, key=lambda t: not near(run, t)):
         attempt(run, trial, lambda t=trial: answer(t, items, run.progress))  # type: ignore[misc]
         show(run, trial)
-    if run.late:
-        run.progress.log(f"time is up in round {number + 1}: what is left of it is not measured")
-    return [trial for trial in alive if not trial.refused]
-
-
-def first_look(run: Run, items: Sequence[Item]) -> None:
-    run.baseline.time(0, block_items(run.baseline, 0))
-    answer(run.baseline, items, run.progress)
-    show(run, run.baseline)
 
 
 def attempt(run: Run, trial: Trial, work: Callable[[], None]) -> None:

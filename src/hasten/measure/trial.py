@@ -122,7 +122,7 @@ class Trial:
             "task": task.name,
             "split": self.split,
             "quality": quality.summary(task.quality, self.outcomes, reference, self.kl),
-            "cost": costs(self.times),
+            "cost": costs(settled(self.times)),
             "concurrency": self.setting.concurrency,
             "machine": dict(self.setting.machine),
             "contended": any(line["contended"] for line in self.times),
@@ -153,6 +153,11 @@ def closed_loop(engine: Engine, requests: Iterable[tuple[Key, Request]], in_flig
     finally:
         for key in running:
             engine.cancel(key)
+
+
+def settled(times: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The timed requests that count: the first block is a first look, taken when the others were not, and gives way to later ones."""
+    return [line for line in times if line["block"] > 0] or list(times)
 
 
 def plain_usage(result: Result) -> dict[str, Any]:
