@@ -17,10 +17,11 @@ Test problems: the fixed set of 2,000, numbers uniform. In training %.0f %% of t
 """
 
 
-def write(name: str, directory: str | Path | None = None, n: int = 2000) -> Path:
+def write(name: str, directory: str | Path | None = None, n: int | None = None) -> Path:
     """Measure a model and write README.md and card.json into its directory; returns the directory."""
     folder = Path(directory or path(name))
     training = json.loads((folder / "training.json").read_text())
+    n = n or (2000 if spec(name).kind == "policy" else 1000)
     result = evaluate(name, n=n, directory=folder, reward=_reward() if spec(name).kind == "policy" else None)
     (folder / "card.json").write_text(json.dumps(result, indent=1) + "\n")
     (folder / "README.md").write_text(text(name, training, result))
