@@ -21,7 +21,7 @@ def write(name: str, directory: str | Path | None = None, n: int | None = None) 
     """Measure a model and write README.md and card.json into its directory; returns the directory."""
     folder = Path(directory or path(name))
     training = json.loads((folder / "training.json").read_text())
-    n = n or (2000 if spec(name).kind == "policy" else 1000)
+    n = n or (2000 if spec(name).kind == "policy" else 300)
     result = evaluate(name, n=n, directory=folder, reward=_reward() if spec(name).kind == "policy" else None)
     (folder / "card.json").write_text(json.dumps(result, indent=1) + "\n")
     (folder / "README.md").write_text(text(name, training, result))
@@ -43,6 +43,9 @@ def text(name: str, training: dict, result: dict) -> str:
     lines = [f"# {name}", "", what, ""]
     lines += [TASK % (100 * arith.RARE_SHARE, 1 / arith.RARE_KEPT), "| measured on the test set | value |", "|---|---|"]
     lines += [f"| {k} | {v if isinstance(v, (int, float)) else json.dumps(v)} |" for k, v in result.items() if k != "name"]
+    if s.kind == "reward":
+        lines += ["", "**Weak: choosing by this model is worse than one sample of arith-s (see best_of_16 on the policies' cards); it overfits its",
+                  "few labelled solutions. Use it to exercise reward-model strategies, not as evidence for them.**"]
     lines += ["", "| training | value |", "|---|---|"]
     flat = {k: v for k, v in training.items() if k not in ("name", "spec")} | training["spec"]
     lines += [f"| {k} | {round(v, 1) if isinstance(v, float) else json.dumps(v)} |" for k, v in flat.items()]
