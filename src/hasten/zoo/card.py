@@ -44,8 +44,8 @@ def text(name: str, training: dict, result: dict) -> str:
     lines += [TASK % (100 * arith.RARE_SHARE, 1 / arith.RARE_KEPT), "| measured on the test set | value |", "|---|---|"]
     lines += [f"| {k} | {v if isinstance(v, (int, float)) else json.dumps(v)} |" for k, v in result.items() if k != "name"]
     if s.kind == "reward":
-        lines += ["", "**Weak: choosing by this model is worse than one sample of arith-s (see best_of_16 on the policies' cards); it overfits its",
-                  "few labelled solutions. Use it to exercise reward-model strategies, not as evidence for them.**"]
+        why = "it overfits its few labelled solutions. Use it to exercise reward-model strategies, not as evidence for them.**"
+        lines += ["", "**Weak: choosing by it is worse than one sample of arith-s (best_of_16 on the policies' cards);", why]
     lines += ["", "| training | value |", "|---|---|"]
     flat = {k: v for k, v in training.items() if k not in ("name", "spec")} | training["spec"]
     lines += [f"| {k} | {round(v, 1) if isinstance(v, float) else json.dumps(v)} |" for k, v in flat.items()]
