@@ -52,6 +52,7 @@ def reward(model: Llama, out: Path, record: dict) -> Path:
     from transformers import LlamaForTokenClassification
 
     theirs = LlamaForTokenClassification(config(model, num_labels=1))
+    theirs.config.step_token_ids = [tokenizer.STEP_END]  # where the engine reads a step's reward
     theirs.load_state_dict(model.state_dict())
     return _write(theirs, out, record)
 
