@@ -39,7 +39,8 @@ def text(name: str, training: dict, result: dict) -> str:
     """The card as Markdown."""
     s = NAMES[name]
     parameters = 46 * s.width + s.layers * (4 * s.width**2 + 3 * s.width * s.inner)
-    what = f"A Llama of {parameters:,} parameters ({s.layers} layers of {s.width}), trained from scratch on one CPU core."
+    origin = f"grown from {s.start} and trained" if s.start else "trained from scratch"
+    what = f"A Llama of {parameters:,} parameters ({s.layers} layers of {s.width}), {origin} on one CPU core."
     lines = [f"# {name}", "", what, ""]
     lines += [TASK % (100 * arith.RARE_SHARE, 1 / arith.RARE_KEPT), "| measured on the test set | value |", "|---|---|"]
     lines += [f"| {k} | {v if isinstance(v, (int, float)) else json.dumps(v)} |" for k, v in result.items() if k != "name"]
