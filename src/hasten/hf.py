@@ -6,6 +6,7 @@ architecture that uses it runs unchanged. What a model's attention needs (heads,
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import warnings
@@ -118,6 +119,13 @@ def prepare(model: Any) -> Any:
     return pack(model.eval().requires_grad_(False), spare_memory(model.device))
 
 
+def shared_copy(model: Any) -> Any:
+    """A second module tree over the same weights, so that a transform can change one and leave the other alone."""
+    twin = copy.copy(model)
+    twin.__dict__["_modules"] = {name: None if m is None else shared_copy(m) for name, m in model._modules.items()}
+    return twin
+
+
 def why_not(config: Any) -> str | None:
     """Why a model of this config cannot be run by the token engine; None if it can, as far as its config tells."""
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
@@ -224,6 +232,14 @@ def max_length(config: Any) -> int:
 
 def forward(model: Any, ids: torch.Tensor, positions: torch.Tensor, outputs: torch.Tensor | None, plan: Plan | Any) -> torch.Tensor:
     """ids, positions [N]; outputs: indices of positions whose output is needed (None: all) -> logits [outputs, vocabulary], or rewards [N, 1]."""
+    small = getattr(model, "small_step", None)
+    if small is not None and small.takes(ids, plan):
+        return small(ids, positions, outputs, plan)
+    return torch_forward(model, ids, positions, outputs, plan)
+
+
+def torch_forward(model: Any, ids: torch.Tensor, positions: torch.Tensor, outputs: torch.Tensor | None, plan: Plan | Any) -> torch.Tensor:
+    """`forward` through the model's own modules."""
     import torch
 
     mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=ids.device)  # four-dimensional: taken as it is, so no mask is built

@@ -44,6 +44,8 @@ class Technique:
 
 # fmt: off
 _ALL = (
+    Technique("native", "transform", "lm", "identical", "small steps in one C++ call, on a CPU", "", "hasten.lm.transform.native"),
+    Technique("int8", "transform", "lm", "approximate", "8-bit weights and activations", "arXiv:2208.07339", "hasten.lm.transform.int8"),
     Technique("plain", "decode", "lm", "identical", "one token a forward pass", "", "hasten.lm.decode.plain"),
     Technique("ngram", "decode", "lm", "identical", "propose what followed the same tokens before", "Saxena 2023", "hasten.lm.decode.ngram"),
     Technique("allowed", "constraint", "lm", "identical", "commit only tokens of a fixed set", "", "hasten.lm.constrain.allowed"),

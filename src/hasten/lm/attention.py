@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -31,7 +32,7 @@ class Span:
 class Cluster:
     """Rows whose attention runs as one call: queries [rows, width], keys up to `length`, masks by window (made once a step)."""
 
-    def __init__(self, spans: Sequence[Span], total: int, active: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, spans: Sequence[Span], total: int, device: torch.device, dtype: torch.dtype) -> None:
         self.spans = sorted(spans, key=lambda s: s.slot)
         self.width = max(s.n for s in spans)
         self.length = max(s.start + s.n for s in spans)
@@ -111,14 +112,18 @@ class Plan:
 
     def __init__(self, cache: RaggedCache, spans: Sequence[Span]) -> None:
         self.cache, self.spans = cache, spans
-        total = sum(s.n for s in spans)
-        device, capacity = cache.shape.device, cache.capacity
-        if all(s.n == 1 for s in spans):
-            where = [s.slot * capacity + s.start for s in spans]
-        else:
-            where = [s.slot * capacity + s.start + t for s in spans for t in range(s.n)]
-        self.where = torch.tensor(where, device=device)
-        self.clusters = [Cluster(g, total, cache.active, device, cache.shape.dtype) for g in grouped(spans)]
+
+    @cached_property
+    def where(self) -> torch.Tensor:
+        """Where in the cache each new token's keys and values go."""
+        capacity = self.cache.capacity
+        where = [s.slot * capacity + s.start + t for s in self.spans for t in range(s.n)]
+        return torch.tensor(where, device=self.cache.shape.device)
+
+    @cached_property
+    def clusters(self) -> list[Cluster]:
+        total, shape = sum(s.n for s in self.spans), self.cache.shape
+        return [Cluster(g, total, shape.device, shape.dtype) for g in grouped(self.spans)]
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, window: int | None, cap: float | None

@@ -164,6 +164,16 @@ class RaggedCache:
             self._resize(min(most, max(used, 2 * len(self.entries), 4)), capacity)
         return True
 
+    def expect(self, rows: int, length: int) -> None:
+        """Make the buffers once for `rows` rows of up to `length` positions, if half the budget has room for all of them.
+
+        A hint: without it buffers double whenever a row outgrows them, and everything stored is copied each time.
+        """
+        rows = min(max(rows, len(self.entries)), self.max_slots)
+        length = max(min(length, self.max_len), self.capacity)
+        if (rows > len(self.entries) or length > self.capacity) and 2 * rows * length <= self.budget:
+            self._resize(rows, length)
+
     @property
     def nbytes(self) -> int:
         return self.data.numel() * self.data.element_size()

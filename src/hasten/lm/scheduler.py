@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from hasten.lm.cache import HEAD, Entry, RaggedCache, common_prefix
@@ -61,7 +62,7 @@ class Row:
     @property
     def limit(self) -> int:
         """Tokens it may generate; the engine has put a number where the user left it open."""
-        return self.request.sampling.max_tokens or 0
+        return 0 if self.request.score else self.request.sampling.max_tokens or 0
 
     @property
     def pending(self) -> int:
@@ -138,6 +139,9 @@ class Scheduler:
     def _admit(self) -> None:
         """In order of arrival; a row that waits for another one's prefix lets later ones pass."""
         held: list[Row] = []
+        if self.waiting and len(self.running) < self.max_rows:
+            soon = list(islice(self.waiting, self.max_rows - len(self.running)))
+            self.cache.expect(len(self.running) + len(soon), max(len(r.tokens) + r.limit - r.generated for r in soon))
         while self.waiting and len(self.running) < self.max_rows:
             row = self.waiting.popleft()
             source, have, coming = self._best_source(row)

@@ -23,15 +23,14 @@ class Spec:
     tokens: int
     seed: int
     start: str | None = None
-    decay: float = 0.5  # last share of the first cycle in which the rate falls to zero
-    more: int = 0  # tokens of a second cycle, with all K from its start and the rate falling to zero again
+    decay: float = 0.5  # last share of training in which the rate falls to zero
 
 
 NAMES: dict[str, Spec] = {
-    "arith-xs": Spec("policy", width=64, inner=176, layers=2, heads=4, tokens=6_000_000, seed=1, more=8_000_000),
-    "arith-s": Spec("policy", width=96, inner=256, layers=3, heads=6, tokens=8_000_000, seed=2, more=1_200_000),
-    "arith-m": Spec("policy", width=96, inner=256, layers=6, heads=6, tokens=3_400_000, seed=3, start="arith-s", decay=0.2),
-    "arith-prm-s": Spec("reward", width=96, inner=256, layers=8, heads=6, tokens=3_200_000, seed=4, start="arith-m"),
+    "arith-xs": Spec("policy", width=48, inner=128, layers=4, heads=4, tokens=8_000_000, seed=1),
+    "arith-s": Spec("policy", width=96, inner=256, layers=3, heads=6, tokens=8_000_000, seed=2),
+    "arith-m": Spec("policy", width=96, inner=256, layers=9, heads=6, tokens=3_400_000, seed=3, start="arith-s"),
+    "arith-prm-s": Spec("reward", width=96, inner=256, layers=9, heads=6, tokens=6_000_000, seed=4, start="arith-m"),
 }
 
 

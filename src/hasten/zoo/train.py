@@ -72,33 +72,26 @@ def train(
         from hasten.zoo import prm
 
         return prm.train(name, out=out, seconds=seconds, resume=resume, progress=progress, steps=steps)
-    run = Run(name, s, steps or s.tokens // (ROWS * data.ROW), 0 if steps else s.more // (ROWS * data.ROW))
+    run = Run(name, s, steps or s.tokens // (ROWS * data.ROW))
     if resume:
         run.load()
-    run.go(seconds, progress, lambda step: loss_of(run.model, data.batch(s.seed, step, ROWS, most(step / run.first, s.start is not None))))
+    run.go(seconds, progress, lambda step: loss_of(run.model, data.batch(s.seed, step, ROWS, most(step / run.steps, s.start is not None))))
     from hasten.zoo import save
 
     return save.policy(run.model, Path(out) if out else cache(name) / "model", run.record())
 
 
-def grow(model: Llama, start: str) -> None:
-    """Start from a smaller model of the same width: its layers go to the even places, and the odd ones begin by adding nothing.
+def grow(model: Llama, small: Llama) -> None:
+    """Start from a smaller model of the same width: its layers are spread evenly, and those between begin by adding nothing.
 
     The grown model computes what the small one did (depth growth by identity layers, as in Chen et al. 2015, Net2Net, 1511.05641).
     """
-    from hasten.zoo import sample
-
-    first = cache(start) / "first.pt"  # the end of its first cycle, where it has a second
-    if first.is_file():
-        small = Llama(size(spec(start)))
-        small.load_state_dict(torch.load(first, weights_only=True)["model"])
-    else:
-        small = sample.load(start)
     model.model.embed_tokens.load_state_dict(small.model.embed_tokens.state_dict())
     model.model.norm.load_state_dict(small.model.norm.state_dict())
+    apart = len(model.model.layers) // len(small.model.layers)
     for i, layer in enumerate(model.model.layers):
-        if i % 2 == 0 and i // 2 < len(small.model.layers):
-            layer.load_state_dict(small.model.layers[i // 2].state_dict())
+        if i % apart == 0 and i // apart < len(small.model.layers):
+            layer.load_state_dict(small.model.layers[i // apart].state_dict())
         else:
             torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
             torch.nn.init.zeros_(layer.mlp.down_proj.weight)
@@ -107,13 +100,15 @@ def grow(model: Llama, start: str) -> None:
 class Run:
     """One training run: model, optimizer, step and clocks, with a checkpoint on disk."""
 
-    def __init__(self, name: str, s: Spec, first: int, second: int = 0) -> None:
+    def __init__(self, name: str, s: Spec, steps: int) -> None:
         torch.manual_seed(s.seed)
-        self.name, self.spec, self.first, self.steps, self.step = name, s, first, first + second, 0
+        self.name, self.spec, self.steps, self.step = name, s, steps, 0
         self.seconds = self.cpu = 0.0
         self.model = Llama(size(s), s.seed)
-        if s.start and s.kind == "policy":
-            grow(self.model, s.start)
+        if s.start:
+            from hasten.zoo import sample
+
+            grow(self.model, sample.load(s.start))
         self.optimizer = Muon(self.model)
         self.file = cache(name) / "checkpoint.pt"
 
@@ -126,8 +121,6 @@ class Run:
             self.optimizer.step(self.scale())
             self.model.zero_grad(set_to_none=True)
             self.step += 1
-            if self.step == self.first < self.steps:
-                self.save("first.pt")
             now = time.monotonic()
             self.seconds, self.cpu = self.seconds + now - wall, self.cpu + time.process_time() - cpu
             wall, cpu = now, time.process_time()
@@ -139,9 +132,7 @@ class Run:
         self.save()
 
     def scale(self) -> float:
-        if self.step < self.first:
-            return scale(self.step / self.first, self.spec.decay)
-        return 0.75 * min(1.0, (self.step - self.first + 1) / 100) * (self.steps - self.step) / (self.steps - self.first)
+        return scale(self.step / self.steps, self.spec.decay)
 
     def record(self) -> dict:
         """What the card says of the run."""
@@ -149,12 +140,12 @@ class Run:
         run = {"steps": self.step, "of": self.steps, "tokens": tokens, "seconds": self.seconds, "cpu": self.cpu}
         return {"name": self.name, "spec": asdict(self.spec)} | run
 
-    def save(self, name: str = "checkpoint.pt") -> None:
+    def save(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         part = self.file.with_suffix(".part")
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state(), "run": json.dumps(self.record())}
         torch.save(state, part)
-        part.rename(self.file.with_name(name))
+        part.rename(self.file)
 
     def load(self) -> None:
         """Go on from the checkpoint if there is one of the same run; another setting's is left alone and overwritten later."""
@@ -162,9 +153,8 @@ class Run:
             return
         state = torch.load(self.file, weights_only=True)
         run = json.loads(state["run"])
-        mine, theirs = ({**spec, "more": 0} for spec in (asdict(self.spec), run["spec"]))
-        if mine != theirs or run["of"] - self.first not in (0, self.steps - self.first):
-            return  # another setting's; a second cycle may follow on a finished first
+        if run["spec"] != asdict(self.spec) or run["of"] != self.steps:
+            return
         self.model.load_state_dict(state["model"])
         self.optimizer.load(state["optimizer"])
         self.step, self.seconds, self.cpu = run["steps"], run["seconds"], run["cpu"]

@@ -1,0 +1,107 @@
+"""The C++ file beside this one as a shared object, compiled for this machine the first time it is needed and cached.
+
+Compiling takes some seconds; the object's name is a hash of source, flags and processor, so nothing stale is loaded. `HASTEN_CXX` names
+another compiler, `HASTEN_MARCH` another instruction set than the machine's ("x86-64-v3", say).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("step.cpp")
+FLAGS = ["-O3", "-ffast-math", "-mprefer-vector-width=512", "-std=c++20", "-shared", "-fPIC", "-pthread"]
+ISAS = ("portable", "avx2", "vnni", "amx")
+
+seconds = 0.0  # that this process spent compiling
+
+
+def compiler() -> str | None:
+    """Path of a C++ compiler, or None."""
+    names = [os.environ["HASTEN_CXX"]] if os.environ.get("HASTEN_CXX") else ["g++", "c++", "clang++"]
+    return next((found for n in names if (found := shutil.which(n))), None)
+
+
+def why_not() -> str | None:
+    """Why the native code cannot run here; None if it can (it is compiled then, if it was not)."""
+    if platform.machine() not in ("x86_64", "AMD64") or os.name != "posix":
+        return f"its kernels are written for x86-64 Linux, and this is {platform.machine()} {platform.system()}"
+    try:
+        library()
+    except (OSError, subprocess.SubprocessError, RuntimeError) as e:
+        return " ".join(str(e).split())[:300]
+    return None
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The loaded object. Raises RuntimeError with the compiler's first words when it cannot be built."""
+    flags = [*FLAGS, f"-march={os.environ.get('HASTEN_MARCH', 'native')}"]
+    file = folder() / f"step-{_digest(flags)}.so"
+    if not file.is_file():
+        _compile(flags, file)
+    try:
+        return _declared(ctypes.CDLL(str(file)))
+    except OSError:  # cut off in mid-write by another program, or of another system: make it anew once
+        _compile(flags, file)
+        return _declared(ctypes.CDLL(str(file)))
+
+
+def folder() -> Path:
+    root = os.environ.get("HASTEN_CACHE")
+    return (Path(root) if root else Path.home() / ".cache" / "hasten") / "native"
+
+
+def isa() -> str:
+    """The best instruction set that the object was built for and the processor has."""
+    return ISAS[library().hasten_isa()]
+
+
+def _digest(flags: list[str]) -> str:
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text(errors="replace").splitlines() if cpu.is_file() else []
+    processor = next((line for line in lines if line.startswith("flags")), platform.processor())
+    return hashlib.blake2b(SOURCE.read_bytes() + repr((flags, processor, compiler())).encode(), digest_size=8).hexdigest()
+
+
+def _compile(flags: list[str], file: Path) -> None:
+    global seconds
+    began, cxx = time.perf_counter(), compiler()
+    if cxx is None:
+        raise RuntimeError("no C++ compiler was found (install g++, or name one with HASTEN_CXX)")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    done = subprocess.run([cxx, *flags, str(SOURCE), "-o", str(part)], capture_output=True, text=True)
+    if done.returncode:
+        part.unlink(missing_ok=True)
+        first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip() or "no message")
+        raise RuntimeError(f"{cxx} could not compile the native step: {first}")
+    part.rename(file)
+    seconds += time.perf_counter() - began
+
+
+def _declared(lib: ctypes.CDLL) -> ctypes.CDLL:
+    p, i, n = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
+    signatures = {
+        "hasten_isa": ([], i),
+        "hasten_team": ([i], p),
+        "hasten_team_free": ([p], None),
+        "hasten_linear": ([p, p, i, i, i], p),
+        "hasten_linear_free": ([p], None),
+        "hasten_linear_run": ([p, p, p, i, p, i], None),
+        "hasten_model": ([p, p, p, p, p, p], p),
+        "hasten_model_layer": ([p, p, p, p, p, p, p, p, p, i], None),
+        "hasten_model_free": ([p], None),
+        "hasten_step": ([p, i, p, p, p, i, p, p, p, p, n, n, p], None),
+    }
+    for name, (arguments, result) in signatures.items():
+        function = getattr(lib, name)
+        function.argtypes, function.restype = arguments, result
+    return lib

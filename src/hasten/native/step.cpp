@@ -1,0 +1,654 @@
+// One decode step of a Llama-like model in one call: embedding, layers over a ragged cache, output layer. Also its linear layers alone.
+//
+// A step of a small batch is bound by the bytes of the weights, once read; so weights are packed in the order in which they are read, layers of
+// one input are joined, what follows a product (bias, residual, activation) is done on its accumulators, and threads meet at a spinning
+// barrier, not through the operating system. Weights are fp32, or int8 with one scale an output (symmetric), against int8 activations with
+// one scale a row: y = (sum_k xq wq) * xs * ws. The integer sums are exact, so every instruction set gives the same numbers.
+//
+// Packed weights: panels of 32 outputs as two blocks of 16. fp32 block: [k][16]. int8 block: [k/4][16][4], which is what both VNNI's dot
+// products and AMX's tiles read.
+#include <immintrin.h>
+#include <unistd.h>
+#include <sys/syscall.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+namespace {
+
+constexpr int BLOCK = 16, PANEL = 32, DEPTH = 64;  // outputs of a block, of a panel; int8 inputs are padded to a multiple of DEPTH
+constexpr int ROWS = 8;                            // rows that a fp32 or VNNI kernel holds in registers
+
+enum Isa { PORTABLE = 0, AVX2 = 1, VNNI = 2, AMX = 3 };
+
+int best_isa() {
+#if defined(__AMX_INT8__) && defined(__AVX512VNNI__)
+  static const bool amx = syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, tile data
+  if (amx) return AMX;
+#endif
+#if defined(__AVX512VNNI__)
+  return VNNI;
+#elif defined(__AVX2__)
+  return AVX2;
+#else
+  return PORTABLE;
+#endif
+}
+
+// --- threads ------------------------------------------------------------------------------------------------------------------
+
+inline void pause_a_little(int turn) {
+  if (turn < 4000) {
+#if defined(__x86_64__)
+    _mm_pause();
+#endif
+  } else {
+    std::this_thread::yield();  // the machine is busy: let the one we wait for run
+  }
+}
+
+struct Team {  // `run(work)` calls work(thread) on every thread, the caller's included; `meet` is a barrier inside
+  int size;
+  std::vector<std::thread> helpers;
+  std::atomic<int> round{0}, left{0}, arrived{0}, phase{0};
+  std::atomic<bool> stop{false};
+  void (*call)(void*, int) = nullptr;
+  void* context = nullptr;
+
+  explicit Team(int n) : size(n) {
+    for (int i = 1; i < n; i++) helpers.emplace_back([this, i] { serve(i); });
+  }
+  ~Team() {
+    stop = true;
+    round.fetch_add(1);
+    round.notify_all();
+    for (auto& t : helpers) t.join();
+  }
+  void serve(int id) {
+    for (int seen = 0;;) {
+      for (int turn = 0; round.load(std::memory_order_acquire) == seen && turn < 3000; turn++) pause_a_little(turn);
+      round.wait(seen, std::memory_order_acquire);  // sleeps only after having spun for a while
+      seen = round.load(std::memory_order_acquire);
+      if (stop) return;
+      call(context, id);
+      left.fetch_sub(1, std::memory_order_release);
+    }
+  }
+  template <class F>
+  void run(F& work) {
+    if (size == 1) return work(0);
+    context = &work;
+    call = [](void* f, int id) { (*static_cast<F*>(f))(id); };
+    left.store(size - 1);
+    round.fetch_add(1, std::memory_order_release);
+    round.notify_all();
+    work(0);
+    for (int turn = 0; left.load(std::memory_order_acquire); turn++) pause_a_little(turn);
+  }
+  void meet() {
+    if (size == 1) return;
+    int now = phase.load(std::memory_order_acquire);
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
+      arrived.store(0, std::memory_order_relaxed);
+      phase.store(now + 1, std::memory_order_release);
+    } else {
+      for (int turn = 0; phase.load(std::memory_order_acquire) == now; turn++) pause_a_little(turn);
+    }
+  }
+};
+
+struct Range {
+  int begin, end;
+};
+
+inline Range share(int n, int thread, int threads) {
+  return {int((long)n * thread / threads), int((long)n * (thread + 1) / threads)};
+}
+
+// --- weights --------------------------------------------------------------------------------------------------------------------
+
+template <class T>
+T* reserve(size_t n) {
+  void* p = std::aligned_alloc(64, (n * sizeof(T) + 63) / 64 * 64);
+  if (p) std::memset(p, 0, (n * sizeof(T) + 63) / 64 * 64);
+  return static_cast<T*>(p);
+}
+
+struct Linear {
+  int n, k, panels, depth;  // outputs, inputs; panels of 32 outputs; inputs as stored
+  bool int8;
+  float* w = nullptr;
+  int8_t* q = nullptr;
+  float *scale = nullptr, *bias = nullptr;
+  int32_t* sum = nullptr;  // of each output's int8 weights, to undo the offset of unsigned activations
+  ~Linear() {
+    for (void* p : {(void*)w, (void*)q, (void*)scale, (void*)bias, (void*)sum}) std::free(p);
+  }
+};
+
+Linear* pack(const float* weight, const float* bias, int n, int k, bool int8) {
+  auto* l = new Linear{n, k, (n + PANEL - 1) / PANEL, int8 ? (k + DEPTH - 1) / DEPTH * DEPTH : k, int8};
+  int padded = l->panels * PANEL;
+  l->bias = reserve<float>(padded);
+  if (bias) std::memcpy(l->bias, bias, n * sizeof(float));
+  if (!int8) {
+    l->w = reserve<float>((size_t)padded * k);
+    for (int o = 0; o < n; o++)
+      for (int i = 0; i < k; i++) l->w[((size_t)(o / BLOCK) * k + i) * BLOCK + o % BLOCK] = weight[(size_t)o * k + i];
+    return l;
+  }
+  l->q = reserve<int8_t>((size_t)padded * l->depth);
+  l->scale = reserve<float>(padded);
+  l->sum = reserve<int32_t>(padded);
+  for (int o = 0; o < n; o++) {
+    const float* row = weight + (size_t)o * k;
+    float most = 0;
+    for (int i = 0; i < k; i++) most = std::max(most, std::fabs(row[i]));
+    float step = most / 127.0f;
+    l->scale[o] = step;
+    for (int i = 0; i < k; i++) {
+      int v = step > 0 ? (int)std::nearbyint(row[i] / step) : 0;
+      l->sum[o] += v;
+      l->q[(((size_t)(o / BLOCK) * (l->depth / 4) + i / 4) * BLOCK + o % BLOCK) * 4 + i % 4] = (int8_t)v;
+    }
+  }
+  return l;
+}
+
+// --- what follows a product -----------------------------------------------------------------------------------------------------
+
+enum After { STORE, ADD, GATE };  // y = v; y += v; y = act(gate) * up, gate and up being the two blocks of a panel
+enum Act { SILU = 0, GELU = 1 };   // GELU: the tanh form
+
+inline float act(float x, int kind) {
+  if (kind == SILU) return x / (1.0f + std::exp(-x));
+  return 0.5f * x * (1.0f + std::tanh(0.7978845608028654f * (x + 0.044715f * x * x * x)));
+}
+
+struct Out {
+  float* y;
+  long stride;
+  int after, act;
+};
+
+// values: 32 results of row m and panel p, bias included
+inline void put(const Linear& l, const Out& out, int m, int p, const float* v) {
+  if (out.after == GATE) {
+    float* y = out.y + m * out.stride + p * BLOCK;
+    for (int i = 0; i < BLOCK; i++) y[i] = act(v[i], out.act) * v[BLOCK + i];
+    return;
+  }
+  float* y = out.y + m * out.stride + p * PANEL;
+  int n = std::min(PANEL, l.n - p * PANEL);
+  if (out.after == ADD)
+    for (int i = 0; i < n; i++) y[i] += v[i];
+  else
+    for (int i = 0; i < n; i++) y[i] = v[i];
+}
+
+// --- products, fp32 -------------------------------------------------------------------------------------------------------------
+
+template <int M>
+void panel_fp32(const Linear& l, const float* x, long stride, int m0, int p, const Out& out) {
+  const float* a = l.w + (size_t)p * 2 * l.k * BLOCK;
+  const float* b = a + (size_t)l.k * BLOCK;
+  const float* bias = l.bias + p * PANEL;
+  alignas(64) float v[M][PANEL];
+#if defined(__AVX512F__)
+  __m512 s[M][2];
+  for (int m = 0; m < M; m++) s[m][0] = _mm512_loadu_ps(bias), s[m][1] = _mm512_loadu_ps(bias + BLOCK);
+  for (int i = 0; i < l.k; i++) {
+    __m512 wa = _mm512_load_ps(a + (size_t)i * BLOCK), wb = _mm512_load_ps(b + (size_t)i * BLOCK);
+    for (int m = 0; m < M; m++) {
+      __m512 xi = _mm512_set1_ps(x[m * stride + i]);
+      s[m][0] = _mm512_fmadd_ps(xi, wa, s[m][0]);
+      s[m][1] = _mm512_fmadd_ps(xi, wb, s[m][1]);
+    }
+  }
+  for (int m = 0; m < M; m++) _mm512_store_ps(v[m], s[m][0]), _mm512_store_ps(v[m] + BLOCK, s[m][1]);
+#else
+  for (int m = 0; m < M; m++) std::memcpy(v[m], bias, sizeof v[m]);
+  for (int i = 0; i < l.k; i++)
+    for (int m = 0; m < M; m++) {
+      float xi = x[m * stride + i];
+      for (int o = 0; o < BLOCK; o++) v[m][o] += xi * a[(size_t)i * BLOCK + o], v[m][BLOCK + o] += xi * b[(size_t)i * BLOCK + o];
+    }
+#endif
+  for (int m = 0; m < M; m++) put(l, out, m0 + m, p, v[m]);
+}
+
+using PanelFp32 = void (*)(const Linear&, const float*, long, int, int, const Out&);
+constexpr PanelFp32 PANELS_FP32[ROWS + 1] = {nullptr,       panel_fp32<1>, panel_fp32<2>, panel_fp32<3>, panel_fp32<4>,
+                                             panel_fp32<5>, panel_fp32<6>, panel_fp32<7>, panel_fp32<8>};
+
+// --- products, int8 -------------------------------------------------------------------------------------------------------------
+// x: [rows][depth] signed; VNNI takes unsigned ones, so it reads x + 128 and subtracts 128 * sum(w).
+
+inline void dequantise(const Linear& l, const int32_t* s, float xs, int m, int p, const Out& out) {
+  alignas(64) float v[PANEL];
+  const float *scale = l.scale + p * PANEL, *bias = l.bias + p * PANEL;
+  for (int i = 0; i < PANEL; i++) v[i] = (float)s[i] * (xs * scale[i]) + bias[i];
+  put(l, out, m, p, v);
+}
+
+template <int M>
+void panel_portable(const Linear& l, const int8_t* x, const float* xs, int m0, int p, const Out& out) {
+  const int8_t* w = l.q + (size_t)p * PANEL * l.depth;
+  for (int m = 0; m < M; m++) {
+    int32_t s[PANEL] = {};
+    for (int b = 0; b < 2; b++)
+      for (int i = 0; i < l.depth / 4; i++)
+        for (int o = 0; o < BLOCK; o++)
+          for (int j = 0; j < 4; j++)
+            s[b * BLOCK + o] += (int)w[((size_t)b * l.depth / 4 + i) * 64 + o * 4 + j] * x[(size_t)m * l.depth + i * 4 + j];
+    dequantise(l, s, xs[m], m0 + m, p, out);
+  }
+}
+
+#if defined(__AVX2__)
+template <int M>
+void panel_avx2(const Linear& l, const int8_t* x, const float* xs, int m0, int p, const Out& out) {
+  // 8-bit products of two signed numbers, summed without saturation: widen to 16 bits, then madd. 16 bytes of weights = 4 outputs.
+  const int8_t* w = l.q + (size_t)p * PANEL * l.depth;
+  alignas(64) int32_t sums[M][PANEL];
+  for (int part = 0; part < PANEL / 4; part++) {
+    const int8_t* block = w + (size_t)(part / 4) * BLOCK * l.depth + (part % 4) * 16;
+    __m256i s[M];
+    for (int m = 0; m < M; m++) s[m] = _mm256_setzero_si256();
+    for (int i = 0; i < l.depth / 4; i++) {
+      __m256i wi = _mm256_cvtepi8_epi16(_mm_load_si128((const __m128i*)(block + (size_t)i * 64)));
+      for (int m = 0; m < M; m++) {
+        int32_t four;
+        std::memcpy(&four, x + (size_t)m * l.depth + i * 4, 4);
+        s[m] = _mm256_add_epi32(s[m], _mm256_madd_epi16(wi, _mm256_cvtepi8_epi16(_mm_set1_epi32(four))));
+      }
+    }
+    for (int m = 0; m < M; m++) {  // pairs (k0 k1), (k2 k3) of each output stand side by side
+      __m128i sum = _mm_hadd_epi32(_mm256_castsi256_si128(s[m]), _mm256_extracti128_si256(s[m], 1));
+      _mm_store_si128((__m128i*)(sums[m] + part * 4), sum);
+    }
+  }
+  for (int m = 0; m < M; m++) dequantise(l, sums[m], xs[m], m0 + m, p, out);
+}
+#endif
+
+#if defined(__AVX512VNNI__)
+template <int M>
+void panel_vnni(const Linear& l, const int8_t* x, const float* xs, int m0, int p, const Out& out) {
+  const int8_t* a = l.q + (size_t)p * PANEL * l.depth;
+  const int8_t* b = a + (size_t)BLOCK * l.depth;
+  const __m512i flip = _mm512_set1_epi8((char)0x80);
+  __m512i s[M][2];
+  for (int m = 0; m < M; m++)
+    for (int h = 0; h < 2; h++) s[m][h] = _mm512_slli_epi32(_mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(l.sum + p * PANEL + h * BLOCK)), 7);
+  for (int i = 0; i < l.depth / 4; i++) {
+    __m512i wa = _mm512_load_si512(a + (size_t)i * 64), wb = _mm512_load_si512(b + (size_t)i * 64);
+    for (int m = 0; m < M; m++) {
+      int32_t four;
+      std::memcpy(&four, x + (size_t)m * l.depth + i * 4, 4);
+      __m512i xi = _mm512_xor_si512(_mm512_set1_epi32(four), flip);  // + 128, as unsigned
+      s[m][0] = _mm512_dpbusd_epi32(s[m][0], xi, wa);
+      s[m][1] = _mm512_dpbusd_epi32(s[m][1], xi, wb);
+    }
+  }
+  alignas(64) int32_t sums[PANEL];
+  for (int m = 0; m < M; m++) {
+    _mm512_store_si512(sums, s[m][0]), _mm512_store_si512(sums + BLOCK, s[m][1]);
+    dequantise(l, sums, xs[m], m0 + m, p, out);
+  }
+}
+#endif
+
+#if defined(__AMX_INT8__) && defined(__AVX512VNNI__)
+struct alignas(64) Tiles {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+void configure(int m) {  // tiles 0-3: sums [rows][16] of two row groups by two blocks; 4-5: activations; 6-7: weights
+  Tiles t;
+  int first = std::min(m, 16), second = std::max(1, m - 16);
+  for (int i = 0; i < 8; i++) t.bytes[i] = 64;
+  t.rows[0] = t.rows[1] = t.rows[4] = first;
+  t.rows[2] = t.rows[3] = t.rows[5] = second;
+  t.rows[6] = t.rows[7] = 16;
+  _tile_loadconfig(&t);
+}
+
+void panel_amx(const Linear& l, const int8_t* x, const float* xs, int m0, int m, int p, const Out& out) {
+  const int8_t* a = l.q + (size_t)p * PANEL * l.depth;
+  const int8_t* b = a + (size_t)BLOCK * l.depth;
+  alignas(64) int32_t sums[PANEL][PANEL];
+  _tile_zero(0);
+  _tile_zero(1);
+  if (m > 16) {
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int i = 0; i < l.depth; i += DEPTH) {
+      _tile_loadd(4, x + i, l.depth);
+      _tile_loadd(5, x + (size_t)16 * l.depth + i, l.depth);
+      _tile_loadd(6, a + (size_t)i * BLOCK, 64);
+      _tile_dpbssd(0, 4, 6);
+      _tile_dpbssd(2, 5, 6);
+      _tile_loadd(7, b + (size_t)i * BLOCK, 64);
+      _tile_dpbssd(1, 4, 7);
+      _tile_dpbssd(3, 5, 7);
+    }
+    _tile_stored(2, &sums[16][0], PANEL * 4);
+    _tile_stored(3, &sums[16][BLOCK], PANEL * 4);
+  } else {
+    for (int i = 0; i < l.depth; i += DEPTH) {
+      _tile_loadd(4, x + i, l.depth);
+      _tile_loadd(6, a + (size_t)i * BLOCK, 64);
+      _tile_dpbssd(0, 4, 6);
+      _tile_loadd(7, b + (size_t)i * BLOCK, 64);
+      _tile_dpbssd(1, 4, 7);
+    }
+  }
+  _tile_stored(0, &sums[0][0], PANEL * 4);
+  _tile_stored(1, &sums[0][BLOCK], PANEL * 4);
+  for (int r = 0; r < m; r++) dequantise(l, sums[r], xs[r], m0 + r, p, out);
+}
+#endif
+
+using PanelInt8 = void (*)(const Linear&, const int8_t*, const float*, int, int, const Out&);
+#define EACH(f) {nullptr, f<1>, f<2>, f<3>, f<4>, f<5>, f<6>, f<7>, f<8>}
+constexpr PanelInt8 PANELS_PORTABLE[ROWS + 1] = EACH(panel_portable);
+#if defined(__AVX2__)
+constexpr PanelInt8 PANELS_AVX2[ROWS + 1] = EACH(panel_avx2);
+#endif
+#if defined(__AVX512VNNI__)
+constexpr PanelInt8 PANELS_VNNI[ROWS + 1] = EACH(panel_vnni);
+#endif
+
+const PanelInt8* panels_int8(int isa) {
+#if defined(__AVX512VNNI__)
+  if (isa >= VNNI) return PANELS_VNNI;
+#endif
+#if defined(__AVX2__)
+  if (isa >= AVX2) return PANELS_AVX2;
+#endif
+  return PANELS_PORTABLE;
+}
+
+// One row of fp32 as int8 with a scale; `depth` numbers are written, zeros behind the k-th.
+void quantise(const float* x, int k, int depth, int8_t* q, float* scale) {
+  float most = 0;
+  for (int i = 0; i < k; i++) most = std::max(most, std::fabs(x[i]));
+  float up = most > 0 ? 127.0f / most : 0;
+  *scale = most / 127.0f;
+  for (int i = 0; i < k; i++) q[i] = (int8_t)(int)std::nearbyint(x[i] * up);
+  for (int i = k; i < depth; i++) q[i] = 0;
+}
+
+struct Input {  // rows of a product: fp32, and their int8 form where the weights are int8
+  const float* x;
+  long stride;
+  const int8_t* q;
+  const float* scale;
+};
+
+constexpr int FEW_FOR_TILES = 3;  // from so many rows tiles beat dot products
+
+// Panels [range) of all m rows.
+void multiply(const Linear& l, const Input& in, int m, Range range, const Out& out, int isa) {
+#if defined(__AMX_INT8__) && defined(__AVX512VNNI__)
+  if (l.int8 && isa >= AMX && m >= FEW_FOR_TILES) {
+    int configured = 0;
+    for (int m0 = 0; m0 < m; m0 += PANEL) {
+      int rows = std::min(PANEL, m - m0);
+      if (rows != configured) configure(configured = rows);
+      for (int p = range.begin; p < range.end; p++) panel_amx(l, in.q + (size_t)m0 * l.depth, in.scale + m0, m0, rows, p, out);
+    }
+    _tile_release();
+    return;
+  }
+#endif
+  const PanelInt8* kernels = panels_int8(isa);
+  for (int p = range.begin; p < range.end; p++)
+    for (int m0 = 0; m0 < m; m0 += ROWS) {
+      int rows = std::min(ROWS, m - m0);
+      if (l.int8)
+        kernels[rows](l, in.q + (size_t)m0 * l.depth, in.scale + m0, m0, p, out);
+      else
+        PANELS_FP32[rows](l, in.x + m0 * in.stride, in.stride, m0, p, out);
+    }
+}
+
+// --- the model ------------------------------------------------------------------------------------------------------------------
+
+struct Layer {
+  Linear *qkv, *o, *gate_up, *down;
+  const float *norm1, *norm2, *qnorm, *knorm;  // the last two may be null
+  int window;                                  // 0: none
+};
+
+struct Model {
+  int width, inner, heads, kv_heads, dim, rotary, act;
+  float eps, attention_scale, embedding_scale;
+  const float *embedding, *norm;
+  Linear* head;  // null: a reward model's score is computed elsewhere
+  std::vector<Layer> layers;
+  bool int8;
+  int isa;
+  Team* team;
+  // work space for `room` rows
+  int room = 0;
+  std::vector<float> x, h, qkv, attended, gated, xs, cosines;
+  std::vector<int8_t> q;
+  std::vector<std::vector<float>> scores;  // one a thread
+};
+
+struct Step {  // what one call works on; arrays of n rows
+  int n, outputs;
+  const int64_t *ids, *slots, *positions, *which;  // which: rows whose logits are wanted
+  const float *cosines, *sines;                     // [position][rotary / 2]
+  float* cache;                                     // [layers][2][slots][capacity][kv_heads * dim]
+  long all_slots, capacity;
+  float* logits;
+};
+
+void rmsnorm(const float* x, const float* w, int n, float eps, float* y) {
+  float sum = 0;
+  for (int i = 0; i < n; i++) sum += x[i] * x[i];
+  float r = 1.0f / std::sqrt(sum / n + eps);
+  for (int i = 0; i < n; i++) y[i] = x[i] * r * w[i];
+}
+
+void rotate(float* x, const float* c, const float* s, int half) {
+  for (int i = 0; i < half; i++) {
+    float a = x[i], b = x[half + i];
+    x[i] = a * c[i] - b * s[i];
+    x[half + i] = b * c[i] + a * s[i];
+  }
+}
+
+inline float dot(const float* a, const float* b, int n) {
+  float s = 0;
+  for (int i = 0; i < n; i++) s += a[i] * b[i];
+  return s;
+}
+
+// One query group (the heads that share a key head) of one row against its keys: softmax(q k) v.
+void attend(const float* q, const float* keys, const float* values, long stride, int first, int length, int groups, int dim, float scale,
+            float* scores, float* y) {
+  int n = length - first;
+  for (int g = 0; g < groups; g++) {
+    float* s = scores + (size_t)g * n;
+    float most = -INFINITY;
+    for (int t = 0; t < n; t++) {
+      s[t] = dot(q + g * dim, keys + (first + t) * stride, dim) * scale;
+      most = std::max(most, s[t]);
+    }
+    float sum = 0;
+    for (int t = 0; t < n; t++) sum += s[t] = std::exp(s[t] - most);
+    float r = 1.0f / sum;
+    for (int t = 0; t < n; t++) s[t] *= r;
+    for (int i = 0; i < dim; i++) y[g * dim + i] = 0;
+  }
+  for (int t = 0; t < n; t++) {
+    const float* v = values + (first + t) * stride;
+    for (int g = 0; g < groups; g++) {
+      float p = scores[(size_t)g * n + t];
+      for (int i = 0; i < dim; i++) y[g * dim + i] += p * v[i];
+    }
+  }
+}
+
+struct Run {
+  Model& m;
+  const Step& s;
+  std::atomic<int> next{0};
+
+  Input input(const Linear& l, const float* x, long stride) { return {x, stride, m.q.data(), m.xs.data()}; }
+
+  void prepare(const Linear& l, const float* x, long stride, Range rows) {
+    if (l.int8)
+      for (int r = rows.begin; r < rows.end; r++) quantise(x + r * stride, l.k, l.depth, m.q.data() + (size_t)r * l.depth, &m.xs[r]);
+  }
+
+  void product(const Linear& l, const float* x, long stride, int rows, const Out& out, int thread) {
+    multiply(l, input(l, x, stride), rows, share(l.panels, thread, m.team->size), out, m.isa);
+  }
+
+  void normed(const Linear& l, const float* w, Range rows) {
+    for (int r = rows.begin; r < rows.end; r++) rmsnorm(&m.x[(size_t)r * m.width], w, m.width, m.eps, &m.h[(size_t)r * m.width]);
+    prepare(l, m.h.data(), m.width, rows);
+  }
+
+  void operator()(int thread) {
+    int threads = m.team->size;
+    Range rows = share(s.n, thread, threads);
+    int queries = m.heads * m.dim, kv = m.kv_heads * m.dim, all = queries + 2 * kv;
+    for (int r = rows.begin; r < rows.end; r++)
+      for (int i = 0; i < m.width; i++) m.x[(size_t)r * m.width + i] = m.embedding[s.ids[r] * m.width + i] * m.embedding_scale;
+    for (size_t i = 0; i < m.layers.size(); i++) {
+      Layer& l = m.layers[i];
+      normed(*l.qkv, l.norm1, rows);
+      m.team->meet();
+      product(*l.qkv, m.h.data(), m.width, s.n, {m.qkv.data(), all, STORE, 0}, thread);
+      m.team->meet();
+      float* keys = s.cache + 2 * i * s.all_slots * s.capacity * kv;
+      float* values = keys + s.all_slots * s.capacity * kv;
+      for (int r = rows.begin; r < rows.end; r++) place(l, &m.qkv[(size_t)r * all], s.slots[r], s.positions[r], keys, values);
+      if (thread == 0) next.store(0, std::memory_order_relaxed);
+      m.team->meet();
+      for (int task; (task = next.fetch_add(1, std::memory_order_relaxed)) < s.n * m.kv_heads;) attention(l, task, keys, values, thread);
+      m.team->meet();
+      prepare(*l.o, m.attended.data(), queries, rows);
+      if (l.o->int8) m.team->meet();
+      product(*l.o, m.attended.data(), queries, s.n, {m.x.data(), m.width, ADD, 0}, thread);
+      m.team->meet();
+      normed(*l.gate_up, l.norm2, rows);
+      m.team->meet();
+      product(*l.gate_up, m.h.data(), m.width, s.n, {m.gated.data(), m.inner, GATE, m.act}, thread);
+      m.team->meet();
+      prepare(*l.down, m.gated.data(), m.inner, rows);
+      if (l.down->int8) m.team->meet();
+      product(*l.down, m.gated.data(), m.inner, s.n, {m.x.data(), m.width, ADD, 0}, thread);
+      m.team->meet();
+    }
+    Range wanted = share(s.outputs, thread, threads);
+    for (int r = wanted.begin; r < wanted.end; r++) rmsnorm(&m.x[(size_t)s.which[r] * m.width], m.norm, m.width, m.eps, &m.h[(size_t)r * m.width]);
+    prepare(*m.head, m.h.data(), m.width, wanted);
+    m.team->meet();
+    product(*m.head, m.h.data(), m.width, s.outputs, {s.logits, m.head->n, STORE, 0}, thread);
+  }
+
+  void place(const Layer& l, float* qkv, long slot, long position, float* keys, float* values) {
+    int kv = m.kv_heads * m.dim, half = m.rotary / 2;
+    const float *c = s.cosines + position * half, *sn = s.sines + position * half;
+    for (int h = 0; h < m.heads + m.kv_heads; h++) {
+      float* x = qkv + h * m.dim;
+      const float* w = h < m.heads ? l.qnorm : l.knorm;
+      if (w) rmsnorm(x, w, m.dim, m.eps, x);
+      rotate(x, c, sn, half);
+    }
+    long at = (slot * s.capacity + position) * kv;
+    std::memcpy(keys + at, qkv + m.heads * m.dim, kv * sizeof(float));
+    std::memcpy(values + at, qkv + m.heads * m.dim + kv, kv * sizeof(float));
+  }
+
+  void attention(const Layer& l, int task, const float* keys, const float* values, int thread) {
+    int r = task / m.kv_heads, head = task % m.kv_heads, groups = m.heads / m.kv_heads, kv = m.kv_heads * m.dim;
+    int length = (int)s.positions[r] + 1, first = l.window ? std::max(0, length - l.window) : 0;
+    auto& scores = m.scores[thread];
+    if (scores.size() < (size_t)groups * length) scores.resize((size_t)groups * length * 2);
+    long at = s.slots[r] * s.capacity * kv + head * m.dim, q = (long)r * (m.heads + 2 * m.kv_heads) * m.dim + head * groups * m.dim;
+    attend(&m.qkv[q], keys + at, values + at, kv, first, length, groups, m.dim, m.attention_scale, scores.data(),
+           &m.attended[((size_t)r * m.heads + head * groups) * m.dim]);
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+int hasten_isa() { return best_isa(); }
+
+void* hasten_team(int threads) { return new Team(std::max(1, threads)); }
+void hasten_team_free(void* team) { delete static_cast<Team*>(team); }
+
+void* hasten_linear(const float* weight, const float* bias, int n, int k, int int8) { return pack(weight, bias, n, k, int8 != 0); }
+void hasten_linear_free(void* l) { delete static_cast<Linear*>(l); }
+
+// x [m][k] -> y [m][n]
+void hasten_linear_run(void* linear, void* team, const float* x, int m, float* y, int isa) {
+  auto& l = *static_cast<Linear*>(linear);
+  auto& t = *static_cast<Team*>(team);
+  static thread_local std::vector<int8_t> buffer;
+  static thread_local std::vector<float> scales;
+  if (l.int8) buffer.resize((size_t)(m + 16) * l.depth), scales.resize(m);
+  int8_t* q = buffer.data();
+  float* xs = scales.data();
+  isa = std::min(isa, best_isa());
+  auto work = [&](int thread) {
+    Range rows = share(m, thread, t.size);
+    if (l.int8) {
+      for (int r = rows.begin; r < rows.end; r++) quantise(x + (size_t)r * l.k, l.k, l.depth, q + (size_t)r * l.depth, xs + r);
+      t.meet();
+    }
+    multiply(l, {x, l.k, q, xs}, m, share(l.panels, thread, t.size), {y, l.n, STORE, 0}, isa);
+  };
+  t.run(work);
+}
+
+void* hasten_model(const int* sizes, const float* numbers, const float* embedding, const float* norm, void* head, void* team) {
+  auto* m = new Model{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], numbers[0], numbers[1], numbers[2], embedding, norm,
+                      static_cast<Linear*>(head)};
+  m->isa = std::min(sizes[7], best_isa());
+  m->team = static_cast<Team*>(team);
+  m->scores.resize(m->team->size);
+  return m;
+}
+
+void hasten_model_layer(void* model, void* qkv, void* o, void* gate_up, void* down, const float* norm1, const float* norm2, const float* qnorm,
+                        const float* knorm, int window) {
+  static_cast<Model*>(model)->layers.push_back({static_cast<Linear*>(qkv), static_cast<Linear*>(o), static_cast<Linear*>(gate_up),
+                                                static_cast<Linear*>(down), norm1, norm2, qnorm, knorm, window});
+}
+
+void hasten_model_free(void* model) { delete static_cast<Model*>(model); }
+
+void hasten_step(void* model, int n, const int64_t* ids, const int64_t* slots, const int64_t* positions, int outputs, const int64_t* which,
+                 const float* cosines, const float* sines, float* cache, long all_slots, long capacity, float* logits) {
+  auto& m = *static_cast<Model*>(model);
+  if (n > m.room) {
+    m.room = n;
+    size_t all = (m.heads + 2 * m.kv_heads) * m.dim, queries = m.heads * m.dim, most = 0;
+    for (auto& l : m.layers) most = std::max({most, (size_t)l.qkv->depth, (size_t)l.o->depth, (size_t)l.down->depth});
+    m.x.resize(n * m.width), m.h.resize(n * m.width), m.qkv.resize(n * all), m.attended.resize(n * queries), m.gated.resize((size_t)n * m.inner);
+    m.xs.resize(n), m.q.resize((n + 16) * most);
+  }
+  Step s{n, outputs, ids, slots, positions, which, cosines, sines, cache, all_slots, capacity, logits};
+  Run run{m, s};
+  m.team->run(run);
+}
+}
