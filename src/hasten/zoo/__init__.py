@@ -13,7 +13,7 @@ from hasten.values import UserError, did_you_mean
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """What a model is and what made it. tokens: of training, with prompts; seed: of weights and data; start: the model it begins from."""
+    """What a model is and what made it. tokens: of training, with prompts (0: as many as there are labels); seed: of weights and data; start: the model it begins from."""
 
     kind: str  # "policy" or "reward"
     width: int
@@ -28,9 +28,9 @@ class Spec:
 
 NAMES: dict[str, Spec] = {
     "arith-xs": Spec("policy", width=48, inner=128, layers=4, heads=4, tokens=8_000_000, seed=1),
-    "arith-s": Spec("policy", width=96, inner=256, layers=3, heads=6, tokens=8_000_000, seed=2),
+    "arith-s": Spec("policy", width=96, inner=256, layers=3, heads=6, tokens=10_000_000, seed=2),
     "arith-m": Spec("policy", width=96, inner=256, layers=9, heads=6, tokens=3_400_000, seed=3, start="arith-s"),
-    "arith-prm-s": Spec("reward", width=96, inner=256, layers=9, heads=6, tokens=6_000_000, seed=4, start="arith-m"),
+    "arith-prm-s": Spec("reward", width=96, inner=256, layers=6, heads=6, tokens=0, seed=4, start="arith-s"),
 }
 
 

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import torch
 
-from hasten.rng import key
-from hasten.zoo import NAMES, arith, sample, spec, tokenizer
+from hasten.rng import uniform
+from hasten.zoo import NAMES, arith, reward, sample, spec, tokenizer
 from hasten.zoo import evaluate as measuring
 from hasten.zoo.model import Llama
 from hasten.zoo.muon import Muon
-from hasten.zoo.reward import BATCH, CHUNK, COMPLETER, POLICIES, PROBLEMS, ROLLOUTS, TEMPERATURE, Labelled, labels, loss_of
+from hasten.zoo.reward import Labelled
 
 Progress = Callable[[dict], None]
+BATCH, EPOCHS = 32, 2
 
 
 def train(
@@ -25,18 +26,17 @@ def train(
     resume: bool = True,
     progress: Progress | None = None,
     steps: int | None = None,
-    label_seconds: float | None = None,
+    chunks: int = reward.CHUNKS,
 ) -> Path:
-    """Label solutions (cached by chunk), then train; `train.train` says what the arguments are. label_seconds ends the labelling early."""
+    """Label solutions (cached by chunk), then train; `train.train` says what the arguments are. The last chunk is held out."""
     from hasten.zoo import save
     from hasten.zoo.train import Run, cache
 
     s = spec(name)
     cpu, wall = time.process_time(), time.monotonic()
-    rows = labels(name, PROBLEMS // CHUNK, None if label_seconds is None else wall + label_seconds, progress)
-    run = Run(name, s, steps or s.tokens // (BATCH * 90))
-    assert s.start is not None
-    _build_on(run.model, sample.load(s.start))
+    *used, held = reward.labels(name, range(chunks), progress)
+    order = batches([r for rows in used for r in rows], s.seed)
+    run = Run(name, s, steps or len(order))
     run.model.score = torch.nn.Linear(s.width, 1)
     torch.nn.init.zeros_(run.model.score.weight)
     torch.nn.init.zeros_(run.model.score.bias)
@@ -44,35 +44,45 @@ def train(
     if resume:
         run.load()
     run.cpu, run.seconds = run.cpu + time.process_time() - cpu, run.seconds + time.monotonic() - wall
-    run.go(seconds, progress, lambda step: _loss(run.model, rows, s.seed, step))
+    run.go(seconds, progress, lambda step: reward.loss_of(run.model, order[step % len(order)]))
     record = run.record() | {
-        "solutions": len(rows),
-        "labels": sum(len(r.labels) for r in rows),
-        "policies": POLICIES,
-        "completer": COMPLETER,
-        "rollouts": ROLLOUTS,
-        "rollout_temperature": TEMPERATURE,
+        "tokens": sum(len(r.ids) for b in order[: run.step] for r in b),
+        "solutions": sum(map(len, used)),
+        "labels": sum(len(r.labels) for rows in used for r in rows),
+        "policies": sorted(set(reward.POLICIES)),
+        "completer": reward.COMPLETER,
+        "rollouts": reward.ROLLOUTS,
+        "rollout_temperature": reward.TEMPERATURE,
+        "held_out_label_auc": label_auc(run.model.eval(), held),
     }
     return save.reward(run.model, Path(out) if out else cache(name) / "model", record)
 
 
-def _build_on(model: Llama, policy: Llama) -> None:
-    """Put a frozen policy below: the layers above it begin as identities and read at a step's end what the policy expected there."""
-    model.model.embed_tokens.load_state_dict(policy.model.embed_tokens.state_dict())
-    model.model.norm.load_state_dict(policy.model.norm.state_dict())
-    model.model.embed_tokens.requires_grad_(False)
-    for i, layer in enumerate(model.model.layers):
-        if i < len(policy.model.layers):
-            layer.load_state_dict(policy.model.layers[i].state_dict())
-            layer.requires_grad_(False)
-        else:
-            torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
-            torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+def batches(rows: list[Labelled], seed: int) -> list[list[Labelled]]:
+    """EPOCHS passes over the rows in batches of similar length; in the first, problems of fewer steps come rather earlier than others."""
+    out = []
+    for epoch in range(EPOCHS):
+        when = {id(r): uniform(seed, epoch, i) + (0.12 * r.k if epoch == 0 else 0) for i, r in enumerate(rows)}
+        order = sorted(rows, key=lambda r: when[id(r)])
+        for start in range(0, len(order) - BATCH * 16 + 1, BATCH * 16):
+            window = sorted(order[start : start + BATCH * 16], key=lambda r: len(r.ids))
+            parts = [window[i : i + BATCH] for i in range(0, len(window), BATCH)]
+            out += sorted(parts, key=lambda b: when[id(b[0])])
+    return out
 
 
-def _loss(model: Llama, rows: list[Labelled], seed: int, step: int) -> torch.Tensor:
-    chosen = [rows[key(seed, step, i) % len(rows)] for i in range(BATCH)]
-    return loss_of(model, chosen)
+@torch.inference_mode()
+def label_auc(model: Llama, rows: list[Labelled]) -> float:
+    """AUC of the model's rewards against rollout labels."""
+    scores: list[float] = []
+    for start in range(0, len(rows), 250):
+        part = rows[start : start + 250]
+        ids = torch.zeros(len(part), max(len(r.ids) for r in part), dtype=torch.int64)
+        for line, r in zip(ids, part, strict=True):
+            line[: len(r.ids)] = torch.tensor(r.ids)
+        out = model.score(model(ids, torch.arange(ids.shape[1]), None))[..., 0]
+        scores += [out[i, j].item() for i, r in enumerate(part) for j in r.at]
+    return auc(scores, [label > 0.5 for r in rows for label in r.labels])
 
 
 def evaluate(name: str, n: int = 2000, seed: int = 0, directory: str | Path | None = None) -> dict:

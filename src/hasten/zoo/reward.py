@@ -1,15 +1,14 @@
-"""The process reward model, trained as Math-Shepherd's (Wang et al. 2023, 2312.08935): labels are rollouts, not a checker.
+"""Labels of the process reward model, made as Math-Shepherd's (Wang et al. 2023, 2312.08935): by rollouts, not by a checker.
 
-Policies sample solutions at temperature 1; from each step's end a completer samples a few continuations, and the share that reach the right
-answer is the soft label of the prefix that ends there. A finished solution's label is whether its answer is right, and more solutions
-get that label only. The model is a frozen policy with two
-trained layers on top: they compare what a step says with what the policy expected there.
+A policy samples one solution of each problem. A step is labelled 1 if any of ROLLOUTS + 1 continuations from its end reaches the right answer
+(their "hard estimation"); the solution itself is one of them, so a right solution needs no others. One solution a problem, and many problems:
+from some thousand problems with many solutions each, a model this small learns the problems by heart and nothing of the steps.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,24 +17,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hasten.rng import key
-from hasten.zoo import arith, sample, tokenizer
+from hasten.zoo import arith, path, sample, tokenizer
 from hasten.zoo.model import Llama
 
-POLICIES = {"arith-xs": 2, "arith-s": 6, "arith-m": 4}  # solutions of each for a problem
-ROLLED = 6  # of each policy's solutions for a problem, how many get rollouts; the others are labelled at their end only
-COMPLETER, ROLLOUTS, TEMPERATURE = "arith-m", 2, 0.5
-PROBLEMS, CHUNK = 1000, 50
-BATCH = 24  # solutions a step
-EPOCH_SEED = 77
+POLICIES = ("arith-s", "arith-m", "arith-s", "arith-m", "arith-xs")  # whose solutions chunk i has: POLICIES[i % 5]
+COMPLETER, ROLLOUTS, TEMPERATURE = "arith-s", 3, 0.7
+CHUNKS, CHUNK = 30, 2000
+STREAM = 77
 
 
 @dataclass(slots=True)
 class Labelled:
-    """A prompt and solution, positions of its delimiters in the whole row, and the label of each."""
+    """A prompt and solution, positions of its delimiters in the whole row, the label of each, and the problem's K."""
 
     ids: list[int]
     at: list[int]
     labels: list[float]
+    k: int
 
 
 def delimiters(prompt: list[int], solution: list[int]) -> list[int]:
@@ -45,63 +43,59 @@ def delimiters(prompt: list[int], solution: list[int]) -> list[int]:
 
 def problem(index: int) -> arith.Problem:
     """Problem of the reward model's stream: structures of the training split, numbers uniform."""
-    return arith.sample_problem(EPOCH_SEED, index, "train", skew=False)
+    return arith.sample_problem(STREAM, index, "train", skew=False)
 
 
-def label(chunk: int, policies: dict[str, Llama], completer: Llama) -> list[Labelled]:
-    """Sample and label the solutions of one chunk of problems; a pure function of the chunk's number and the models."""
-    ps = [problem(chunk * CHUNK + i) for i in range(CHUNK)]
+def label(chunk: int, policy: Llama, completer: Llama, size: int = CHUNK) -> list[Labelled]:
+    """Sample and label one solution of each problem of a chunk; a pure function of the chunk's number and the models."""
+    ps = [problem(chunk * CHUNK + i) for i in range(size)]
     prompts = [tokenizer.encode(p.prompt, bos=True) for p in ps]
-    prefixes: list[list[int]] = []
-    answers: list[str] = []
-    rows: list[Labelled] = []
-    for name, copies in POLICIES.items():
-        drawn = sample.sample(policies[name], prompts, 1.0, key(chunk, name) >> 1, copies=copies)
-        for p, prompt, solutions in zip(ps, prompts, drawn, strict=True):
-            for i, s in enumerate({tuple(s): s for s in solutions}.values()):
-                outcome = float(arith.answer_of(tokenizer.decode(s)) == p.answer)
-                row = Labelled(prompt + s, delimiters(prompt, s), [outcome])
-                if i >= ROLLED:
-                    row.at = row.at[-2:]
-                    row.labels = [outcome] * len(row.at)
-                else:
-                    prefixes += [row.ids[: j + 1] for j in row.at[:-1]]
-                    answers += [p.answer] * (len(row.at) - 1)
-                rows.append(row)
+    drawn = sample.sample(policy, prompts, 1.0, key(chunk, "solution") >> 1)
+    rows = []
+    for p, prompt, (solution,) in zip(ps, prompts, drawn, strict=True):
+        at = delimiters(prompt, solution)
+        right = arith.answer_of(tokenizer.decode(solution)) == p.answer
+        rows.append(Labelled(prompt + solution, at, [float(right)] * len(at), p.k))
+    asked = [(row, i, p.answer) for row, p in zip(rows, ps, strict=True) if not row.labels[-1] for i in range(len(row.at) - 1)]
+    prefixes = [row.ids[: row.at[i] + 1] for row, i, _ in asked]
     rolled = sample.sample(completer, prefixes, TEMPERATURE, key(chunk, "rollout") >> 1, copies=ROLLOUTS)
-    shares = iter([sum(_reaches(p, r, a) for r in rs) / ROLLOUTS for p, rs, a in zip(prefixes, rolled, answers, strict=True)])
-    for row in rows:
-        if len(row.labels) < len(row.at):
-            row.labels = [next(shares) for _ in row.at[:-1]] + row.labels
+    for (row, i, answer), prefix, ends in zip(asked, prefixes, rolled, strict=True):
+        row.labels[i] = float(any(_answer(prefix, end) == answer for end in ends))
     return rows
 
 
-def _reaches(prefix: list[int], rest: list[int], answer: str) -> bool:
-    return arith.answer_of(tokenizer.decode(rest)) == answer or arith.answer_of(tokenizer.decode(prefix)) == answer
+def _answer(prefix: list[int], rest: list[int]) -> str | None:
+    return arith.answer_of(tokenizer.decode(rest)) or arith.answer_of(tokenizer.decode(prefix))
 
 
-def labels(name: str, chunks: int, until: float | None, progress: Callable[[dict], None] | None = None) -> list[Labelled]:
-    """All labelled solutions, from the cache where a chunk is there; stops making new ones at monotonic time `until`."""
+def labels(name: str, chunks: range = range(CHUNKS), progress: Callable[[dict], None] | None = None) -> list[list[Labelled]]:
+    """The chunks' rows, made where they are not in the cache yet. A chunk is kept under a hash of the weights it came from."""
     from hasten.zoo.train import cache
 
     folder = cache(name) / "labels"
     folder.mkdir(parents=True, exist_ok=True)
-    policies: dict[str, Llama] = {}
-    rows: list[Labelled] = []
-    for chunk in range(chunks):
-        file = folder / f"{chunk:04d}.json"
+    models: dict[str, Llama] = {}
+    rows: list[list[Labelled]] = []
+    for chunk in chunks:
+        policy = POLICIES[chunk % len(POLICIES)]
+        file = folder / f"{chunk:04d}-{_digest(policy)}.json"
         if not file.is_file():
-            if until is not None and time.monotonic() > until:
-                break
-            policies = policies or {n: sample.load(n) for n in POLICIES}
-            made = label(chunk, policies, policies[COMPLETER])
+            models |= {n: sample.load(n) for n in (policy, COMPLETER) if n not in models}
+            made = label(chunk, models[policy], models[COMPLETER])
             part = file.with_suffix(".part")
-            part.write_text(json.dumps([[r.ids, r.at, r.labels] for r in made]))
+            part.write_text(json.dumps([[r.ids, r.at, r.labels, r.k] for r in made]))
             part.rename(file)
             if progress:
-                progress({"labelled": chunk + 1, "of": chunks})
-        rows += [Labelled(*r) for r in json.loads(file.read_text())]
+                progress({"labelled": chunk + 1, "of": CHUNKS})
+        rows.append([Labelled(*r) for r in json.loads(file.read_text())])
     return rows
+
+
+def _digest(policy: str) -> str:
+    h = hashlib.blake2b(repr((ROLLOUTS, TEMPERATURE, CHUNK)).encode(), digest_size=6)
+    for n in (policy, COMPLETER):
+        h.update((path(n) / "model.safetensors").read_bytes())
+    return h.hexdigest()
 
 
 def loss_of(model: Llama, rows: list[Labelled]) -> Tensor:
@@ -115,3 +109,10 @@ def loss_of(model: Llama, rows: list[Labelled]) -> Tensor:
         target += r.labels
     hidden = model(ids, torch.arange(width), None).flatten(0, 1)[torch.tensor(where)]
     return F.binary_cross_entropy_with_logits(model.score(hidden)[:, 0], torch.tensor(target))
+
+
+if __name__ == "__main__":  # `python -m hasten.zoo.reward arith-prm-s FIRST STOP`: some chunks, so that two cores can share the work
+    import sys
+
+    torch.set_num_threads(1)
+    labels(sys.argv[1], range(int(sys.argv[2]), int(sys.argv[3])), lambda p: print(p, flush=True))
