@@ -10,6 +10,7 @@ import copy
 import logging
 import os
 import warnings
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,8 +123,17 @@ def prepare(model: Any) -> Any:
 def shared_copy(model: Any) -> Any:
     """A second module tree over the same weights, so that a transform can change one and leave the other alone."""
     twin = copy.copy(model)
+    twin.__dict__.pop("_derived", None)
     twin.__dict__["_modules"] = {name: None if m is None else shared_copy(m) for name, m in model._modules.items()}
     return twin
+
+
+def derived(model: Any, key: Hashable, make: Callable[[], Any]) -> Any:
+    """What a transform made of this model before, or makes now: recipes that share a model share what was made of it."""
+    kept = model.__dict__.setdefault("_derived", {})
+    if key not in kept:
+        kept[key] = make()
+    return kept[key]
 
 
 def why_not(config: Any) -> str | None:

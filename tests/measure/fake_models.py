@@ -61,10 +61,15 @@ class FakeLoaded:
 SKILLS = {"small": (0.3, 1.0), "large": (0.6, 4.0)}
 
 
-def fake_load(recipe: Recipe) -> FakeLoaded:
-    """A vote of n adds to the skill and to the seconds; n-gram speculation takes a quarter of the seconds away; temperature 1 is refused."""
+def fake_load(recipe: Recipe, compiler: bool = False) -> FakeLoaded:
+    """A vote of n adds to the skill and to the seconds; n-gram speculation takes a quarter of the seconds away; temperature 1 is refused,
+    and so are native steps without a compiler; with one they take half of the seconds."""
     skill, seconds = SKILLS[recipe.model]
     options: Mapping[str, Mapping[str, Any]] = {use.name: use.options for use in recipe.uses}
+    if "native" in options:
+        seconds /= 2
+        if not compiler:
+            raise UserError(f"{recipe}: no C++ compiler was found")
     if options.get("vote", {}).get("temperature") == 1.0:
         raise UserError(f"{recipe}: cannot run here")
     if "vote" in options:

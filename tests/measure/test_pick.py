@@ -121,7 +121,7 @@ class TestPick:
             nonlocal count
             count += 1
             loaded = fake_load(recipe)
-            loaded.engine.fail_after = 5 if count == 25 else None
+            loaded.engine.fail_after = 5 if count == 26 else None
             return loaded
 
         monkeypatch.setattr(measuring, "loader", lambda *args: load)
@@ -152,14 +152,23 @@ class TestPick:
         assert document["picked"]["recipe_text"] == "large"
         assert "stays as it is" in document["why"]
 
+    def test_speedups_are_tried_on_the_model(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        lines = Lines()
+        setting = measuring.make_setting(make_task(), 1, str(tmp_path), "auto", "auto", "auto")
+        assert picking.applying(setting, Recipe("large"), lines) == []
+        assert "no C++ compiler" in lines.lines[0]
+        setting.load = lambda recipe: fake_load(recipe, compiler=True)
+        assert picking.applying(setting, Recipe("large", (Use("native", {"rows": 8}),)), lines) == [Use("native")]
+
     def test_first_line_is_the_baseline(self, tmp_path: Path) -> None:
         lines = Lines()
         run(tmp_path, progress=lines)
-        assert lines.lines[0].endswith("large")
+        assert lines.lines[1].endswith("large")  # after what does not apply here
 
     def test_dry_run_measures_nothing(self, tmp_path: Path) -> None:
         document = run(tmp_path / "none", dry_run=True)
-        assert "large +ngram +vote(n=16)" in [row["recipe_text"] for row in document["candidates"]]
+        texts = [row["recipe_text"] for row in document["candidates"]]
+        assert {"large +ngram +vote(n=16)", "large +native +ngram +vote(n=16)"} & set(texts)
         assert not (tmp_path / "none").exists()
 
 
@@ -169,6 +178,16 @@ def test_candidates_of_a_directory() -> None:
     assert texts == ["./model", "./model +vote(n=4)", "./model +vote", "./model +vote(n=16)", "./model +vote(n=2)"]
     assert Recipe("./model", (Use("ngram", {"k": 6}), Use("vote", {"n": 2}))) in plan.all
     assert not [r for r in candidates("./model", answered=False).all if any(use.name == "vote" for use in r.uses)]
+
+
+def test_speedups_go_with_everything_but_the_models_themselves() -> None:
+    plan = candidates("./model", ("vote(n=2)",), speedups=[Use("native")])
+    plain = [str(r) for r in plan.first if "native" not in str(r)]
+    assert plain == ["./model"] == [str(plan.baseline)]
+    assert {"./model +native", "./model +native +vote(n=2)"} <= {str(r) for r in plan.first}
+    assert "./model +native +ngram" in {str(r) for r in plan.all}
+    named = candidates("./model +native(rows=8)", (), speedups=[Use("native")])
+    assert all(str(r).count("native") == 1 for r in named.all)
 
 
 def test_lossless_keeps_only_what_keeps_the_output() -> None:

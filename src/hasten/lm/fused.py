@@ -200,14 +200,18 @@ def _norm(module: Any) -> Norm:
         return Norm((module(one)[0] * (1 + eps) ** 0.5).float().contiguous(), float(eps))
 
 
-def attach(model: Any, *, int8: bool = False, rows: int = 64) -> Any:
+def attach(model: Any, rows: int = 64) -> Any:
     """A copy of the model (weights shared) whose small steps are fused. Raises Unfit with the reason where that cannot be."""
     if model.device.type != "cpu" or model.dtype != torch.float32:
-        raise Unfit(f"the fused step computes in fp32 on a CPU, and this model is {str(model.dtype).removeprefix('torch.')} on {model.device.type}")
+        raise Unfit(
+            f"the fused step computes in fp32 on a CPU, and this model is {str(model.dtype).removeprefix('torch.')} on {model.device.type}"
+        )
     for part in ("model", "lm_head"):
         if not hasattr(model, part):
             raise Unfit(f"{type(model).__name__} is not built as Llama is")
-    step = FusedStep(model, int8=int8, rows=rows)
-    copy = hf.shared_copy(model)
-    object.__setattr__(copy, "small_step", step)
-    return copy
+    return hf.derived(model, ("native", rows, torch.get_num_threads()), lambda: _with(hf.shared_copy(model), FusedStep(model, rows=rows)))
+
+
+def _with(model: Any, step: FusedStep) -> Any:
+    object.__setattr__(model, "small_step", step)
+    return model

@@ -16,6 +16,7 @@ from hasten.values import UserError
 
 SAMPLES = (4, 8, 16)
 DECODES = (Use("ngram"),)
+SPEEDUPS = (Use("native"),)  # tried first on a model: where they apply they only save time
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,12 @@ class Candidates:
         return [*self.first, *(twin for recipe in self.first for twin in self.twins(recipe))]
 
 
-def candidates(source: str | None, added: Sequence[str] = (), lossless: bool = False, answered: bool = True) -> Candidates:
+def candidates(
+    source: str | None, added: Sequence[str] = (), lossless: bool = False, answered: bool = True, speedups: Sequence[Use] = ()
+) -> Candidates:
     """The recipes to compare on a source (directory, hub id, `zoo:NAME`, recipe; None: the zoo), with techniques added by `--with`.
 
-    answered: whether the task has answers; without them no strategy is proposed, as voting needs answers to count. lossless: only recipes
+    speedups: transforms that change no answer and apply here; everything but the models themselves is measured with them. answered: whether the task has answers; without them no strategy is proposed, as voting needs answers to count. lossless: only recipes
     that keep the distribution of the baseline's output. UserError for an unknown technique or an empty zoo.
     """
     uses = [parse_use(text) for text in added]
@@ -48,12 +51,20 @@ def candidates(source: str | None, added: Sequence[str] = (), lossless: bool = F
     strategies = [] if lossless or not answered else proposed(source)
     options = _by_slot([*DECODES, *strategies, *uses])
     decodes = tuple(options.pop("decode", ()))
-    largest_first = bases[-1:] if lossless else bases[::-1]
+    plain = bases[-1:] if lossless else bases[::-1]
+    largest_first = [faster(base, speedups) for base in plain]
     first = _unique(recipe for alike in zip(*(combined(base, options) for base in largest_first), strict=True) for recipe in alike)
+    first += plain
     if lossless:
         first = [recipe for recipe in first if keeps_distribution(recipe)]
         decodes = tuple(use for use in decodes if techniques.technique(use.name).exactness != "approximate")
     return Candidates(tuple(_unique([baseline, *first])), decodes, baseline)
+
+
+def faster(base: Recipe, speedups: Sequence[Use]) -> Recipe:
+    """The recipe with those of the speedups that it does not name itself."""
+    named = {use.name for use in base.uses}
+    return techniques.checked(Recipe(base.model, (*base.uses, *(use for use in speedups if use.name not in named))))
 
 
 def parse_use(text: str) -> Use:

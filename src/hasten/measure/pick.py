@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from hasten.measure import pareto, stats
-from hasten.measure.candidates import Candidates, candidates, describe
+from hasten.measure.candidates import SPEEDUPS, Candidates, candidates, describe, faster
 from hasten.measure.measure import Progress, Silent, add_divergence, answer, block_items, make_setting
 from hasten.measure.rounds import Run, halve, line
 from hasten.measure.tasks import Task, load_task
-from hasten.measure.trial import Trial, difference, slowdown
-from hasten.recipe import Recipe, save_recipe
+from hasten.measure.trial import Setting, Trial, difference, slowdown
+from hasten.recipe import Recipe, Use, save_recipe
 from hasten.values import UserError, did_you_mean
 
 CONFIRM, CONFIRM_BLOCKS = 500, 10  # test items, and blocks of timed requests, for the winner and the baseline
@@ -38,13 +38,14 @@ def pick(
     """
     loaded = task if isinstance(task, Task) else load_task(task or "arith")
     check_names(budgets or {}, targets or {}, loaded)
-    plan = candidates(source, techniques, lossless, loaded.answered)
     if dry_run:
-        return planned(plan)
+        return planned(candidates(source, techniques, lossless, loaded.answered, [use for use in SPEEDUPS if not unfit(use)]))
     if source is None:
         one_thread()
     limit = minutes if minutes is not None else MINUTES if source is None else float("inf")
     setting = make_setting(loaded, concurrency, out, template, device, dtype)
+    baseline = candidates(source, techniques, lossless, loaded.answered).baseline
+    plan = candidates(source, techniques, lossless, loaded.answered, applying(setting, baseline, progress or Silent()))
     run = Run(setting, plan, progress or Silent(), dict(budgets or {}), dict(targets or {}), bool(budgets or targets), 60 * limit)
     halve(run)
     document = evidence(run, chosen(run))
@@ -73,6 +74,25 @@ def planned(plan: Candidates) -> dict[str, Any]:
     lines = [f"  {row['recipe_text']}" + (f"   not here: {row['why_not']}" if row["why_not"] else "") for row in rows]
     why = f"{len(rows)} recipes would be considered; the baseline is {plan.baseline}\n" + "\n".join(lines)
     return {"candidates": rows, "baseline_text": str(plan.baseline), "why": why}
+
+
+def unfit(use: Use) -> str | None:
+    """Why a technique cannot apply on this machine, whatever the model."""
+    from hasten import techniques
+
+    return techniques.why_not(Recipe("", (use,)))
+
+
+def applying(setting: Setting, baseline: Recipe, progress: Progress) -> list[Use]:
+    """The speedups that this machine and model take, each tried on the model; what cannot apply is said."""
+    found = []
+    for use in SPEEDUPS:
+        try:
+            setting.load(faster(Recipe(baseline.model), [use]))
+            found.append(use)
+        except UserError as error:
+            progress.log(f"not here: {error}")
+    return found
 
 
 def one_thread() -> None:

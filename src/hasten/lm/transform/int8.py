@@ -66,31 +66,35 @@ def why_not(options: Options, target: Any) -> str | None:
     if target is None:
         return None
     if target.model.device.type == "cpu" and target.model.dtype != torch.float32:
-        return f"int8 takes an fp32 model on a CPU, and this one is {str(target.model.dtype).removeprefix('torch.')}: load it with dtype=fp32"
+        return (
+            f"int8 takes an fp32 model on a CPU, and this one is {str(target.model.dtype).removeprefix('torch.')}: load it with dtype=fp32"
+        )
     if target.model.device.type == "cpu" and compiled.why_not() is None and compiled.isa() == "portable":
         return "this processor has no AVX2, and without it int8 products are slower than fp32's"
     return None
 
 
 def build(options: Options, target: Any) -> Any:
+    return hf.derived(target.model, ("int8", options, torch.get_num_threads()), lambda: quantise(target.model, options))
+
+
+def quantise(model: Any, options: Options) -> Any:
+    """The model with int8 linear layers, and where it is built as Llama is with a fused step of them."""
     from hasten.lm.fused import FusedStep, Unfit
 
-    model = swapped(target.model, options.head)
-    fusible = options.fused and options.head and target.model.device.type == "cpu" and compiled.why_not() is None
-    if fusible:
+    twin = swapped(model, options.head)
+    if options.fused and options.head and model.device.type == "cpu" and compiled.why_not() is None:
         try:
-            object.__setattr__(model, "small_step", FusedStep(model, int8=True, rows=options.rows))
+            object.__setattr__(twin, "small_step", FusedStep(twin, int8=True, rows=options.rows))
         except (Unfit, AttributeError):
-            pass  # not built as Llama is: its linear layers are int8 all the same
-    return model
+            pass  # its linear layers are int8 all the same
+    return twin
 
 
 def swapped(model: Any, head: bool = True) -> Any:
     """A copy of the model (other weights shared) with int8 linear layers."""
     twin = hf.shared_copy(model)
     output = model.get_output_embeddings()
-    if not any(isinstance(m, nn.Linear) for m in model.modules()):
-        raise ValueError(f"{type(model).__name__} has no nn.Linear layer")
     for name, module in list(twin.named_modules()):
         for child, layer in list(module._modules.items()):
             if isinstance(layer, nn.Linear) and (head or layer.weight is not output.weight):
