@@ -42,8 +42,9 @@ def candidates(
 ) -> Candidates:
     """The recipes to compare on a source (directory, hub id, `zoo:NAME`, recipe; None: the zoo), with techniques added by `--with`.
 
-    speedups: transforms that change no answer and apply here; everything but the models themselves is measured with them. answered: whether the task has answers; without them no strategy is proposed, as voting needs answers to count. lossless: only recipes
-    that keep the distribution of the baseline's output. UserError for an unknown technique or an empty zoo.
+    speedups: transforms that change no answer and apply here; everything but the models themselves is measured with them. answered: whether
+    the task has answers; without them no strategy is proposed, as voting needs answers to count. lossless: only recipes that keep the
+    distribution of the baseline's output. UserError for an unknown technique or an empty zoo.
     """
     uses = [parse_use(text) for text in added]
     bases = zoo_models() if source is None else [load_recipe(source)]

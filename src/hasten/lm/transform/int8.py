@@ -8,6 +8,7 @@ weights are 8-bit, which saves memory.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,10 +85,8 @@ def quantise(model: Any, options: Options) -> Any:
 
     twin = swapped(model, options.head)
     if options.fused and options.head and model.device.type == "cpu" and compiled.why_not() is None:
-        try:
+        with suppress(Unfit, AttributeError):  # not built as Llama is: its linear layers are int8 all the same
             object.__setattr__(twin, "small_step", FusedStep(twin, int8=True, rows=options.rows))
-        except (Unfit, AttributeError):
-            pass  # its linear layers are int8 all the same
     return twin
 
 
@@ -95,7 +94,7 @@ def swapped(model: Any, head: bool = True) -> Any:
     """A copy of the model (other weights shared) with int8 linear layers."""
     twin = hf.shared_copy(model)
     output = model.get_output_embeddings()
-    for name, module in list(twin.named_modules()):
+    for module in list(twin.modules()):
         for child, layer in list(module._modules.items()):
             if isinstance(layer, nn.Linear) and (head or layer.weight is not output.weight):
                 module._modules[child] = Int8Linear(layer)
