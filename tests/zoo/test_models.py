@@ -37,6 +37,15 @@ def test_a_policy_reaches_its_card(name):
     assert abs(evaluate(name, n=N, samples=0)["greedy"] - share) <= margin
 
 
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_weights_are_those_of_the_spec(name):
+    s = zoo.NAMES[name]
+    config = json.loads((zoo.path(name) / "config.json").read_text())
+    assert (config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]) == (s.width, s.inner, s.layers)
+    record = json.loads((zoo.path(name) / "training.json").read_text())
+    assert record["spec"]["seed"] == s.seed and record["steps"] == record["of"]
+
+
 @pytest.mark.parametrize("name", [n for n in shipped() if zoo.NAMES[n].kind == "reward"])
 def test_a_reward_model_reaches_its_card(name):
     card = json.loads((zoo.path(name) / "card.json").read_text())

@@ -13,7 +13,10 @@ from hasten.values import UserError, did_you_mean
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """What a model is and what made it. tokens: of training, with prompts (0: as many as there are labels); seed: of weights and data; start: the model it begins from."""
+    """What a model is and what made it.
+
+    tokens: of training, with prompts (0: as many as there are labels); seed: of weights and data; start: the model it begins from.
+    """
 
     kind: str  # "policy" or "reward"
     width: int

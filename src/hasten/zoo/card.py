@@ -45,14 +45,30 @@ def text(name: str, training: dict, result: dict) -> str:
     lines += [TASK % (100 * arith.RARE_SHARE, 1 / arith.RARE_KEPT), "| measured on the test set | value |", "|---|---|"]
     lines += [f"| {k} | {v if isinstance(v, (int, float)) else json.dumps(v)} |" for k, v in result.items() if k != "name"]
     if s.kind == "reward":
-        why = "it overfits its few labelled solutions. Use it to exercise reward-model strategies, not as evidence for them.**"
-        lines += ["", "**Weak: choosing by it is worse than one sample of arith-s (best_of_16 on the policies' cards);", why]
+        lines += ["", *worth()]
     lines += ["", "| training | value |", "|---|---|"]
     flat = {k: v for k, v in training.items() if k not in ("name", "spec")} | training["spec"]
     lines += [f"| {k} | {round(v, 1) if isinstance(v, float) else json.dumps(v)} |" for k, v in flat.items()]
     how = f"hasten.zoo.train {name}` and `python -m hasten.zoo.card {name}"
     lines += ["", f"Again with `python -m {how}`. `seconds` is wall time on a shared machine, `cpu` is CPU seconds of one thread.", ""]
     return "\n".join(lines)
+
+
+def worth() -> list[str]:
+    """What choosing by the reward model gains over other ways to spend 16 samples, from the policies' cards; "weak" where it loses."""
+    lines = ["| policy | greedy | one sample | vote@16 | best of 16 by this model | weighted vote |", "|---|---|---|---|---|---|"]
+    weak = []
+    for name in (n for n in NAMES if NAMES[n].kind == "policy"):
+        file = path(name) / "card.json"
+        card = json.loads(file.read_text()) if file.is_file() else {}
+        if "best_of_16_last" in card:
+            keys = ("greedy", "one_sample", "vote@16", "best_of_16_last", "weighted_vote@16")
+            lines.append(f"| {name} | " + " | ".join(f"{100 * card[k]:.1f} %" for k in keys) + " |")
+            if card["best_of_16_last"] <= max(card["greedy"], card["vote@16"]):
+                weak.append(name)
+    if weak:
+        lines += ["", f"**Weak on {', '.join(weak)}: choosing by it does not beat the better of greedy and the majority vote.**"]
+    return lines if len(lines) > 2 else []
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ each other. Finished rows leave the batch when half of it is done.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from hasten.zoo import path, spec, tokenizer
-from hasten.zoo.model import MAX_POSITIONS, Llama
+from hasten.zoo.model import MAX_POSITIONS, Llama, Size
 
 BATCH = 512
 
@@ -21,13 +22,12 @@ def load(name: str, directory: str | Path | None = None) -> Llama:
     """A shipped model's weights (or those in `directory`) in the lean Llama, fp32; a reward model has `score` [1, width] as well."""
     from safetensors.torch import load_file
 
-    from hasten.zoo.train import size
-
-    model = Llama(size(spec(name)))
+    folder = Path(directory or path(name))
+    c = json.loads((folder / "config.json").read_text())
+    model = Llama(Size(c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"], c["num_attention_heads"]))
     if spec(name).kind == "reward":
         model.score = torch.nn.Linear(model.size.width, 1)
-    state = {k: v.float() for k, v in load_file(Path(directory or path(name)) / "model.safetensors").items() if k != "lm_head.weight"}
-    model.load_state_dict(state)
+    model.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items() if k != "lm_head.weight"})
     return model.eval()
 
 

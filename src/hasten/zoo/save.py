@@ -63,11 +63,9 @@ def _write(theirs: torch.nn.Module, out: Path, record: dict) -> Path:
     part.parent.mkdir(parents=True, exist_ok=True)
     theirs.to(torch.float16).save_pretrained(part)
     tokenizer.build().save_pretrained(part)
+    for file in part.iterdir():
+        file.chmod(0o644)  # safetensors writes its file for the owner alone
     (part / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-    if out.is_dir():
-        for old in out.iterdir():  # keep a card that is there
-            if not (part / old.name).exists():
-                shutil.copy2(old, part / old.name)
-        shutil.rmtree(out)
+    shutil.rmtree(out, ignore_errors=True)  # with its card, which told of other weights
     part.rename(out)
     return out
