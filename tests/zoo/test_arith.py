@@ -56,12 +56,24 @@ def test_an_unfinished_step_and_an_answer_too_early_are_wrong():
     assert arith.answer_of(p.steps[0]) is None
 
 
-def test_rare_facts_are_rare_in_training_only():
-    def share(skew):
-        facts = [s.split(" = ")[2].split() for i in range(300) for s in arith.sample_problem(1, i, "train", skew=skew).steps]
-        return sum(arith.is_rare(op, int(x), int(y)) for x, op, y in facts) / len(facts)
-
-    assert share(True) < 0.3 * share(False)
+def test_slips_are_as_frequent_as_said_and_hard_facts_slip_in_one_way():
+    seen: dict = {True: [], False: []}
+    wrong: dict = {}
+    for i in range(2000):
+        p = arith.sample_problem(1, i, "train")
+        text = arith.slipped(p, 1, i)
+        assert text == arith.slipped(p, 1, i) and len(text.split()) == len(p.solution.split())
+        for step in text.split(" ; ")[:-1]:
+            x, op, y, _, result = step.split(" = ", 2)[2].split()
+            hard, slip = arith.is_hard(op, int(x), int(y)), int(result) != arith.apply(op, int(x), int(y))
+            seen[hard].append(slip)
+            if hard and slip:
+                wrong.setdefault((op, x, y), set()).add(result)
+        assert text.rpartition(" ")[2] == result
+    share = {hard: sum(slips) / len(slips) for hard, slips in seen.items()}
+    assert abs(share[True] - arith.HARD_SLIPS) < 0.08 and abs(share[False] - arith.SLIPS) < 0.012
+    assert abs(len(seen[True]) / (len(seen[True]) + len(seen[False])) - arith.HARD) < 0.04
+    assert all(len(results) == 1 for results in wrong.values())
 
 
 def test_tokenizer_round_trip_and_lengths():

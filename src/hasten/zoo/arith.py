@@ -35,7 +35,7 @@ OPERATORS = "+-*"
 SPLITS = {"test": 1, "calibration": 1, "train": 8}  # shares of the structures, in tenths
 SIZES = {"test": 2000, "calibration": 1000}
 SEED = 23  # of the fixed test and calibration sets
-RARE_SHARE, RARE_KEPT = 0.12, 0.02  # of the 1,587 facts x op y: this share is seen this many times less often in training
+HARD, HARD_SLIPS, SLIPS = 0.10, 0.6, 0.05  # share of the 1,587 facts x op y that are hard; how often those, and the others, slip
 
 Operand = tuple[str, int]  # ("leaf", i), ("step", i) or ("literal", 0): what an operand refers to
 Shape = tuple[str, Operand, Operand]  # operator, first and second operand
@@ -83,16 +83,40 @@ def split_of(structure: str) -> str:
 
 
 @cache
-def is_rare(op: str, x: int, y: int) -> bool:
-    """Whether x op y is one of the facts that the training distribution shows rarely."""
-    return uniform(0, "rare", OPERATORS.index(op), x, y) < RARE_SHARE
+def is_hard(op: str, x: int, y: int) -> bool:
+    """Whether x op y is one of the facts that the solutions which models learn from mostly get wrong."""
+    return uniform(0, "hard", OPERATORS.index(op), x, y) < HARD
 
 
-def sample_problem(seed: int, index: int, split: str, k: int | None = None, skew: bool | None = None) -> Problem:
+def slipped(problem: Problem, *noise: int | str) -> str:
+    """The problem's solution as a fallible author writes it; slips are a pure function of `noise`, and later steps go on from them.
+
+    A hard fact comes out wrong more often than right, and always in the same way: this knob leaves systematic errors in a policy, without
+    which a majority vote would go to 100 %. Any other fact comes out wrong at random now and then: this makes samples differ.
+    """
+    stated, values = _facts(problem)
+    parts = []
+    for i, step in enumerate(problem.steps):
+        name = step.split(" = ", 1)[0]
+        first, op, second = stated[name].split()
+        x, y = values[first], int(second) if second.isdigit() else values[second]
+        values[name] = _worked(op, x, y, uniform(0, "slip", i, *noise))
+        parts.append(f"{name} = {stated[name]} = {x} {op} {y} = {values[name]}")
+    return " ; ".join([*parts, f"#### {values[name]}"])
+
+
+def _worked(op: str, x: int, y: int, u: float) -> int:
+    """x op y, or a wrong number, by a uniform number u: the hard facts' own wrong one, for the others one that u chooses."""
+    hard = is_hard(op, x, y)
+    most = HARD_SLIPS if hard else SLIPS
+    off = 1 + int((MODULUS - 1) * (uniform(0, "wrong", OPERATORS.index(op), x, y) if hard else u / most))
+    return (apply(op, x, y) + (off if u < most else 0)) % MODULUS
+
+
+def sample_problem(seed: int, index: int, split: str, k: int | None = None) -> Problem:
     """Problem `index` of a split's stream `seed`; the same arguments always give the same problem.
 
-    k: number of steps, by default uniform in 1..6. skew: whether facts that are rare stay rare, by default only in training; this is the
-    knob that leaves systematic errors in a policy, without which a majority vote would go to 100 %. Raises ValueError for an unknown split.
+    k: number of steps, by default uniform in 1..6. Raises ValueError for an unknown split.
     """
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}: choose from {', '.join(SPLITS)}")
@@ -101,7 +125,7 @@ def sample_problem(seed: int, index: int, split: str, k: int | None = None, skew
     structure = _structure(r, k)
     while split_of(structure.hash()) != split:
         structure = _structure(r, k)
-    return _fill(r, structure, split == "train" if skew is None else skew)
+    return _fill(r, structure)
 
 
 def problems(split: str, n: int | None = None, start: int = 0) -> Iterator[Problem]:
@@ -145,31 +169,24 @@ def _structure(r: random.Random, k: int) -> Structure:
     return Structure(leaves, tuple(steps), (OPERATORS[int(r.random() * 3)], first, second), place)
 
 
-def _numbers(r: random.Random, structure: Structure, skew: bool) -> tuple[list[int], list[int], list[tuple[int, int, int]]]:
+def _numbers(r: random.Random, structure: Structure) -> tuple[list[int], list[int], list[tuple[int, int, int]]]:
     """Values of the leaves, of the literals (one a step, used or not), and (x, y, result) of each step."""
-    for attempt in range(65):
-        leaves = [int(r.random() * MODULUS) for _ in range(structure.leaves)]
-        literals = [int(r.random() * MODULUS) for _ in structure.steps]
-        worked: list[tuple[int, int, int]] = []
-        keep = True
-        for (op, first, second), literal in zip(structure.steps, literals, strict=True):
-            x, y = (leaves[i] if kind == "leaf" else worked[i][2] if kind == "step" else literal for kind, i in (first, second))
-            worked.append((x, y, apply(op, x, y)))
-            if skew and attempt < 64 and is_rare(op, x, y) and r.random() >= RARE_KEPT:
-                keep = False
-                break
-        if keep:
-            return leaves, literals, worked
-    raise AssertionError("the last attempt keeps every fact")
+    leaves = [int(r.random() * MODULUS) for _ in range(structure.leaves)]
+    literals = [int(r.random() * MODULUS) for _ in structure.steps]
+    worked: list[tuple[int, int, int]] = []
+    for (op, first, second), literal in zip(structure.steps, literals, strict=True):
+        x, y = (leaves[i] if kind == "leaf" else worked[i][2] if kind == "step" else literal for kind, i in (first, second))
+        worked.append((x, y, apply(op, x, y)))
+    return leaves, literals, worked
 
 
-def _fill(r: random.Random, structure: Structure, skew: bool) -> Problem:
+def _fill(r: random.Random, structure: Structure) -> Problem:
     names = list(NAMES)
     for i in range(len(names) - 1, 0, -1):
         j = int(r.random() * (i + 1))
         names[i], names[j] = names[j], names[i]
     leaf, step, spare = names[: structure.leaves], names[structure.leaves : -1], names[-1]
-    leaves, literals, worked = _numbers(r, structure, skew)
+    leaves, literals, worked = _numbers(r, structure)
     name = {"leaf": leaf, "step": step}
 
     def expression(shape: Shape, literal: int) -> str:

@@ -13,7 +13,8 @@ from hasten.zoo.evaluate import evaluate
 from hasten.zoo.model import Llama
 
 TASK = """The task is chained arithmetic modulo 23 (`hasten.zoo.arith`): K = 1 to 6 steps, one distractor, all splits disjoint by structure.
-Test problems: the fixed set of 2,000, numbers uniform. In training %.0f %% of the facts `x op y` are seen %.0f times less often.
+Test problems: the fixed set of 2,000. The solutions that policies learn from contain slips: %.0f %% of the facts `x op y` are hard and come
+out wrong %.0f %% of the time, always in the same way; the others come out wrong %.0f %% of the time, at random.
 """
 
 
@@ -42,7 +43,7 @@ def text(name: str, training: dict, result: dict) -> str:
     origin = f"grown from {s.start} and trained" if s.start else "trained from scratch"
     what = f"A Llama of {parameters:,} parameters ({s.layers} layers of {s.width}), {origin} on one CPU core."
     lines = [f"# {name}", "", what, ""]
-    lines += [TASK % (100 * arith.RARE_SHARE, 1 / arith.RARE_KEPT), "| measured on the test set | value |", "|---|---|"]
+    lines += [TASK % (100 * arith.HARD, 100 * arith.HARD_SLIPS, 100 * arith.SLIPS), "| measured on the test set | value |", "|---|---|"]
     lines += [f"| {k} | {v if isinstance(v, (int, float)) else json.dumps(v)} |" for k, v in result.items() if k != "name"]
     if s.kind == "reward":
         lines += ["", *worth()]

@@ -37,20 +37,22 @@ def length(k: int) -> int:
     return 39 if k == 1 else 25 + 18 * k
 
 
-def tokens(problem: arith.Problem) -> tuple[list[int], int]:
-    """The problem's tokens from <bos> to <eos>, and how many of them are prompt."""
+def tokens(problem: arith.Problem, solution: str | None = None) -> tuple[list[int], int]:
+    """Tokens of a problem and its solution (or another) from <bos> to <eos>, and how many of them are prompt."""
     prompt = tokenizer.encode(problem.prompt, bos=True)
-    return prompt + tokenizer.encode(problem.solution, eos=True), len(prompt)
+    return prompt + tokenizer.encode(solution or problem.solution, eos=True), len(prompt)
 
 
-def batch(seed: int, step: int, rows: int, most: int, skew: bool = True) -> Batch:
-    """Training batch of one step: a pure function of its arguments. K is uniform in 1..most."""
+def batch(seed: int, step: int, rows: int, most: int, slips: bool = False) -> Batch:
+    """Training batch of one step: a pure function of its arguments. K is uniform in 1..most; slips: solutions are `arith.slipped`."""
     ids = torch.zeros(rows, ROW, dtype=torch.int64)
     positions, documents, targets = torch.zeros_like(ids), torch.zeros_like(ids), torch.full_like(ids, -100)
     for row in range(rows):
         start = 0
         for d, k in enumerate(_sizes(seed, step, row, most)):
-            doc, prompt = tokens(arith.sample_problem(seed, (step * rows + row) * 16 + d, "train", k=k, skew=skew))
+            index = (step * rows + row) * 16 + d
+            problem = arith.sample_problem(seed, index, "train", k=k)
+            doc, prompt = tokens(problem, arith.slipped(problem, seed, index) if slips else None)
             stop = start + len(doc)
             ids[row, start:stop] = torch.tensor(doc)
             positions[row, start:stop] = torch.arange(len(doc))

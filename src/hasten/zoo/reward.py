@@ -42,8 +42,8 @@ def delimiters(prompt: list[int], solution: list[int]) -> list[int]:
 
 
 def problem(index: int) -> arith.Problem:
-    """Problem of the reward model's stream: structures of the training split, numbers uniform."""
-    return arith.sample_problem(STREAM, index, "train", skew=False)
+    """Problem of the reward model's stream: structures of the training split."""
+    return arith.sample_problem(STREAM, index, "train")
 
 
 def label(chunk: int, policy: Llama, completer: Llama, size: int = CHUNK) -> list[Labelled]:

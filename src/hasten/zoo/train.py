@@ -47,6 +47,11 @@ def most(done: float, grown: bool = False) -> int:
     return arith.MAX_STEPS if grown else min(arith.MAX_STEPS, 1 + int(done / 0.08))
 
 
+def slips(done: float, grown: bool = False) -> bool:
+    """Whether solutions are written with slips: from 70 % of training on, or throughout if grown; before, facts are learnt as they are."""
+    return grown or done >= 0.7
+
+
 def loss_of(model: Llama, b: data.Batch) -> Tensor:
     """Mean cross-entropy over the solutions' tokens, in nats."""
     logits = model.logits(model(b.ids, b.positions, b.mask()))
@@ -75,10 +80,15 @@ def train(
     run = Run(name, s, steps or s.tokens // (ROWS * data.ROW))
     if resume:
         run.load()
-    run.go(seconds, progress, lambda step: loss_of(run.model, data.batch(s.seed, step, ROWS, most(step / run.steps, s.start is not None))))
+    run.go(seconds, progress, lambda step: loss_of(run.model, batch(s, step, step / run.steps)))
     from hasten.zoo import save
 
     return save.policy(run.model, Path(out) if out else cache(name) / "model", run.record())
+
+
+def batch(s: Spec, step: int, done: float) -> data.Batch:
+    grown = s.start is not None
+    return data.batch(s.seed, step, ROWS, most(done, grown), slips(done, grown))
 
 
 def grow(model: Llama, small: Llama) -> None:
