@@ -26,7 +26,8 @@ class Sampling:
     """How tokens are chosen. temperature 0 is greedy. Names and meanings are the field's (vLLM's, OpenAI's).
 
     `seed` names a stream of counter-based random numbers: the same request gives the same tokens alone or in any batch.
-    `logprobs` = k asks for the chosen token's log-probability and those of the k most likely (0: the chosen only, None: none).
+    `logprobs` = k asks for the chosen token's log-probability and those of the k most likely (0: the chosen only, None: none);
+    `prompt_logprobs` = k the same for the tokens of the prompt, which is then computed whole (max_tokens=0 asks for nothing else).
     """
 
     max_tokens: int | None = None  # None: 256, or what the model's context has room for
@@ -125,6 +126,7 @@ class Result:
     others: tuple[Result, ...] = ()
     trace: Mapping[str, Any] = field(default_factory=dict)  # how a strategy arrived at its answer: votes, rewards, …
     prompt_tokens: tuple[int, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # one for each prompt token; None for the first, which follows nothing
 
 
 @dataclass(frozen=True, slots=True)

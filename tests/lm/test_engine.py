@@ -225,6 +225,38 @@ def test_logprobs_are_the_models_own(pairs: Any) -> None:
         assert [t for t, _ in entry.top] == row.topk(3).indices.tolist()
 
 
+@pytest.mark.parametrize("max_tokens", [0, 1, 5])
+def test_prompt_logprobs_are_read_whole_whatever_is_cached_cut_or_pushed_out(pairs: Any, max_tokens: int) -> None:
+    model, ours = pairs("qwen2")
+    asked = [p + [7, 8] for p in prompts(4)]
+    memory = 100 * TokenEngine(ours).cache.shape.bytes_per_position
+    for engine in (TokenEngine(ours), TokenEngine(ours, step_tokens=5), TokenEngine(ours, memory=memory)):
+        s = Sampling(max_tokens=max_tokens, prompt_logprobs=2, ignore_eos=True)
+        for _ in range(2):  # the second time the prompts are in the cache
+            got = run(engine, {i: Request(p, s) for i, p in enumerate(asked)})
+            for i, prompt in enumerate(asked):
+                first, *rest = got[i].prompt_logprobs
+                logp = torch.log_softmax(model(torch.tensor([prompt])).logits[0].float(), -1)
+                assert first is None and [e.token for e in rest] == prompt[1:]
+                assert [e.logprob for e in rest] == pytest.approx([float(logp[j, t]) for j, t in enumerate(prompt[1:])], abs=1e-5)
+                assert [e.top[0][0] for e in rest] == logp[:-1].argmax(-1).tolist()
+                assert list(got[i].tokens) == reference(model, [prompt], 6)[0][:max_tokens]
+    several = run(TokenEngine(ours), {0: Request(asked[0], Sampling(n=3, temperature=1.0, max_tokens=2, prompt_logprobs=0))})[0]
+    assert all(r.prompt_logprobs == several.prompt_logprobs and len(r.prompt_logprobs) == len(asked[0]) for r in several.others)
+    assert run(TokenEngine(ours), {0: Request([5], Sampling(max_tokens=0, prompt_logprobs=0))})[0].prompt_logprobs == (None,)
+
+
+def test_scores_are_whole_when_a_row_steps_back(pairs: Any) -> None:
+    model, ours = pairs("llama")
+    asked = prompts(4)
+    engine = TokenEngine(ours, step_tokens=7, memory=70 * TokenEngine(ours).cache.shape.bytes_per_position)
+    running = {f"g{i}": Request(p, Sampling(max_tokens=20, ignore_eos=True)) for i, p in enumerate(asked)}
+    got = run(engine, running | {i: Request(p, score=True) for i, p in enumerate(asked)})
+    for i, prompt in enumerate(asked):
+        logp = torch.log_softmax(model(torch.tensor([prompt])).logits[0], -1)
+        assert got[i].scores == pytest.approx([0.0] + [float(logp[j, t]) for j, t in enumerate(prompt[1:])], abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
@@ -238,7 +270,6 @@ def test_logprobs_are_the_models_own(pairs: Any) -> None:
         (Request("text"), "without a tokenizer"),
         (Request([5], Sampling(stop="x")), "stop strings need a tokenizer"),
         (Request([5], Sampling(n=2), keep=True), "n > 1"),
-        (Request([5], Sampling(prompt_logprobs=1)), "prompt_logprobs"),
         (Request([5], Sampling(logit_bias={500: 1.0})), "logit_bias"),
         (Request([5], parent="x"), "parent 'x'"),
         (Request([{"role": "user"}]), "a prompt is"),

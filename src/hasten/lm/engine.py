@@ -83,7 +83,11 @@ class TokenEngine:
         for row in rows:
             if self.constraint is not None and not request.score:
                 row.constraint_state = self.constraint.start(tokens)
-            if s.max_tokens == 0 and not request.score:
+            if request.score:
+                row.read = max(0, request.score_from - 1)
+            elif s.prompt_logprobs is not None and row is rows[0]:
+                row.read = 0
+            if s.max_tokens == 0 and row.read is None:
                 self._finish(row, "length")
             else:
                 self.scheduler.add(row)
@@ -117,8 +121,6 @@ class TokenEngine:
         if need > limit:
             what = f"{len(tokens)} prompt tokens" + ("" if request.score else f" + max_tokens={s.max_tokens}")
             raise UserError(f"request {request.id or ''}".rstrip() + f": {what} = {need} positions, but the cache holds {limit} a row")
-        if s.prompt_logprobs is not None:
-            raise UserError("prompt_logprobs is not supported; ask for a score request (score=True) instead")
         if s.n > 1 and (request.keep or request.score):
             raise UserError("n > 1 goes neither with keep nor with score")
         if s.stop and self.tokenizer is None:
@@ -193,6 +195,9 @@ class TokenEngine:
             at = span.stop
             if w.row.request.score:
                 self._score(w, logits[span])
+            elif w.row.read is not None:
+                if self._read_prompt(w, logits[span]):
+                    picks.append((w, slice(at - 1, at)))
             elif w.outputs:
                 picks.append((w, span))
         if not picks:
@@ -209,6 +214,17 @@ class TokenEngine:
             committed = self.decode.accept(w.row, w.proposal, chosen.tokens[start:stop], chosen.logits[start:stop])
             self._append(w, committed, rows[start:stop], now)
             start = stop
+
+    def _read_prompt(self, w: Work, outputs: torch.Tensor) -> bool:
+        """Log-probabilities of the prompt's tokens that follow this chunk's; whether the last output is the one to choose from."""
+        row, first, stop = w.row, w.start + w.n - w.outputs, w.start + w.n
+        follow = row.tokens[first + 1 : min(stop + 1, row.prompt)]
+        if follow:
+            row.prompt_logprobs += sampler.logprobs(outputs[: len(follow)], follow, row.request.sampling.prompt_logprobs or 0)
+        row.read = stop if stop < row.prompt else None
+        if stop == len(row.tokens) and row.limit == 0:
+            self._finish(row, "length")
+        return stop == len(row.tokens) and row.limit > 0
 
     def _choices(self, w: Work) -> list[sampler.Choice]:
         row, s = w.row, w.row.request.sampling
@@ -269,7 +285,8 @@ class TokenEngine:
                 row.scores.append(0.0)
             logp = torch.log_softmax(outputs[: len(follow)].float(), -1)
             row.scores += logp.gather(-1, torch.tensor(follow, dtype=torch.long, device=logp.device)[:, None])[:, 0].tolist()
-        if w.start + w.n == len(row.tokens):
+        row.read = max(row.read or 0, w.start + w.n)
+        if row.read == len(row.tokens):
             row.first = row.last = time.perf_counter()
             self._finish(row, "scored")
 
@@ -300,6 +317,7 @@ class TokenEngine:
         return Result(
             text.cut(words, s.stop) if s.stop else words, tuple(generated), tuple(row.logprobs) if s.logprobs is not None else None, row.finish,
             usage, tuple(row.scores) if row.request.score else None, prompt_tokens=tuple(row.tokens[: row.prompt]),
+            prompt_logprobs=None if s.prompt_logprobs is None else (None, *row.prompt_logprobs),
         )  # fmt: skip
 
     def _unpin(self, key: Key) -> None:
@@ -316,4 +334,5 @@ class _Group:
 
 
 def _with_others(first: Result, others: list[Result]) -> Result:
-    return replace(first, others=tuple(others)) if others else first
+    """One result that carries its siblings; the prompt is read once for all of them."""
+    return replace(first, others=tuple(replace(o, prompt_logprobs=first.prompt_logprobs) for o in others)) if others else first

@@ -35,6 +35,8 @@ class Row:
     decode_state: Any = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
+    read: int | None = None  # the next prompt position whose output is asked for (scores, prompt_logprobs); None: none is
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     first: float = 0.0
     last: float = 0.0
     peak: int = 0
@@ -192,14 +194,11 @@ class Scheduler:
 
 
 def reusable(row: Row) -> int:
-    """How much of a row's known tokens may come from a cache: the last must be computed, and so must what is to be scored."""
-    if not row.request.score:
-        return len(row.tokens) - 1
-    return max(0, min(row.request.score_from - 1, len(row.tokens) - 1))
+    """How much of a row's known tokens may come from a cache: the last must be computed, and so must what is still to be read."""
+    return min(len(row.tokens) - 1, len(row.tokens) if row.read is None else row.read)
 
 
 def _outputs(row: Row, start: int, n: int) -> int:
     """At how many of the last positions of tokens[start : start + n] the model's output is needed."""
-    if row.request.score:
-        return min(n, start + n - max(0, row.request.score_from - 1))
-    return 1 if start + n == len(row.tokens) else 0
+    last = int(start + n == len(row.tokens) and not row.request.score)
+    return last if row.read is None else max(last, min(n, start + n - row.read), 0)
