@@ -38,3 +38,11 @@ def test_reads_the_kernel_s_counters(tmp_path: Path) -> None:
     with machine.Watch(tmp_path / "missing") as watch:
         pass
     assert not watch.contended
+
+
+def test_children_s_seconds_are_not_others(tmp_path: Path) -> None:
+    stat, used = tmp_path / "stat", iter([3.0, 11.0])
+    stat.write_text("cpu  100 0 100 700 0 0 0 0 0 0\n")
+    with machine.Watch(stat, children=lambda: next(used)) as watch:
+        stat.write_text("cpu  900 0 100 700 0 0 0 0 0 0\n")
+    assert not watch.contended

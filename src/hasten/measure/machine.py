@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -55,19 +56,22 @@ def _cpu() -> tuple[str, set[str]]:
 
 
 class Watch:
-    """`with Watch() as watch: ...` then `watch.contended`; a stretch too short to tell (under five clock ticks) counts as not contended."""
+    """`with Watch() as watch: ...` then `watch.contended`; a stretch too short to tell (under five clock ticks) counts as not contended.
+
+    children: tells the processor-seconds of processes that are part of what is measured.
+    """
 
     contended = False
 
-    def __init__(self, stat: Path = Path("/proc/stat")) -> None:
-        self._stat = stat
+    def __init__(self, stat: Path = Path("/proc/stat"), children: Callable[[], float] = lambda: 0.0) -> None:
+        self._stat, self._children = stat, children
 
     def __enter__(self) -> Watch:
-        self._before, self._own = _ticks(self._stat), _own_seconds()
+        self._before, self._own = _ticks(self._stat), _own_seconds() + self._children()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.contended = contended(self._before, _ticks(self._stat), _own_seconds() - self._own)
+        self.contended = contended(self._before, _ticks(self._stat), _own_seconds() + self._children() - self._own)
 
 
 def contended(before: tuple[float, float, float], after: tuple[float, float, float], own_seconds: float) -> bool:
