@@ -1,4 +1,4 @@
-"""The command line: `techniques measure pick run zoo`. It parses, calls the library and prints; whatever computes is imported by its verb.
+"""The command line: `techniques measure pick run papers zoo`. It parses, calls the library and prints; whatever computes is imported by its verb.
 
 An error the user can mend is one sentence on stderr and exit code 2 (`HASTEN_TRACEBACK=1` shows where it came from); Ctrl-C ends with 130
 after saying what was kept. With `--json`, stdout holds exactly one JSON document.
@@ -73,6 +73,12 @@ def _zoo_names(incomplete: str) -> list[str]:
     from hasten.zoo import NAMES
 
     return [name for name in NAMES if name.startswith(incomplete)]
+
+
+def _paper_names(incomplete: str) -> list[str]:
+    from hasten.papers import PAPERS
+
+    return [name for name in PAPERS if name.startswith(incomplete)]
 
 
 def _sources(incomplete: str) -> list[str]:
@@ -274,6 +280,36 @@ def run(
     elif not streaming:
         print("\n".join(f"--- {i + 1} of {len(results)}\n{r.text}" for i, r in enumerate(results)))
     terminal.show_ledger(first.usage)
+
+
+@app.command(epilog="Example: [bold]hasten papers cpu-inference[/bold]")
+def papers(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Paper to measure; all are listed if left out.", autocompletion=_paper_names)
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="The long form: goes on where it was interrupted, and writes its result.")] = False,
+    out: Annotated[Path, typer.Option(help="Directory with the results of full runs.")] = Path("results"),
+    json_: Json = False,
+) -> None:
+    """Measure what papers claim, here: a claim holds, fails, is undecided, or cannot be tested on this machine.
+
+    The quick form takes at most 3 minutes on two cores and keeps nothing; --full writes NAME/MACHINE.json to --out.
+    """
+    from hasten.papers.run import listing, measure
+
+    if name is None:
+        if full:
+            raise UserError("--full: name the paper to measure; `hasten papers` lists them")
+        rows = listing(out)
+        terminal.print_json(rows) if json_ else terminal.show_papers(rows)
+        return
+    with _keeping(lambda: _papers_kept(full)), terminal.Progress() as progress, contextlib.redirect_stdout(sys.stderr):
+        document = measure(name, full=full, out=out, log=progress.log)
+    terminal.print_json(document) if json_ else terminal.show_paper(document)
+
+
+def _papers_kept(full: bool) -> str:
+    return "what was measured is kept; the same command goes on from there" if full else "the quick form keeps nothing"
 
 
 # ------------------------------------------------------------------------------------------------------------------- zoo

@@ -135,6 +135,43 @@ def show_pick(document: Mapping[str, Any]) -> None:
     print(f"\npicked: {document['picked']['recipe_text']}\n{document['why']}\nevidence: {document['out']}/report.html")
 
 
+def show_papers(rows: Sequence[Mapping[str, Any]]) -> None:
+    """One row for each paper and machine with results."""
+    cells = [
+        (row["name"], row["title"], row["source"], result.get("machine", "not measured in full yet"), _tally(result))
+        for row in rows
+        for result in row["results"] or [{}]
+    ]
+    table("", ("paper", "title", "source", "results of", "claims"), cells)
+
+
+def _tally(result: Mapping[str, Any]) -> str:
+    return ", ".join(f"{count} {word}" for word, count in result.items() if word != "machine" and count)
+
+
+def show_paper(document: Mapping[str, Any]) -> None:
+    """What was measured of each claim, and how; last, the verdicts."""
+    claims = document["claims"]
+    for claim in claims:
+        print(f"{claim['id']}: {claim['claim']}\n    {claim['how']}\n")
+    cells = [(c["id"], figure(c["published"]), figure(c["measured"]), span(c["ci"]), c["unit"], str(c["n"]), c["verdict"]) for c in claims]
+    title = f"{document['title']} ({document['settings']['form']} form)"
+    table(title, ("claim", ">published", ">measured", ">95% interval", "unit", ">n", "verdict"), cells)
+    if document["machine"].get("contended"):
+        print("Other programs used the machine meanwhile.")
+
+
+def figure(number: float | None) -> str:
+    """Three or four digits; `-` for none."""
+    return "-" if number is None else f"{number:.4g}" if abs(number) >= 100 else f"{number:.3g}"
+
+
+def span(interval: Sequence[float | None]) -> str:
+    """An interval in words; `-` where it is unbounded."""
+    low, high = interval
+    return "-" if low is None or high is None else f"{figure(low)} to {figure(high)}"
+
+
 def show_ledger(usage: Usage) -> None:
     """What an answer cost, by model role, on stderr."""
     heads = ("role", ">prompt", ">reused", ">generated", ">scored", ">forwards", ">FLOPs", ">bytes read")
