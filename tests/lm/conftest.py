@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -50,12 +51,15 @@ def make(family: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
 
 def reference(model: Any, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
     """transformers' own greedy `generate`, one prompt at a time: generated ids, the end token included."""
-    out = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        full = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False)
-        out.append(full[0, len(prompt) :].tolist())
-    return out
+    return [_one(model, tuple(prompt), max_tokens) for prompt in prompts]
+
+
+@functools.cache
+def _one(model: Any, prompt: tuple[int, ...], max_tokens: int) -> list[int]:
+    """Kept, as many tests ask for the same: `generate` takes most of their time."""
+    ids = torch.tensor([prompt])
+    full = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False)
+    return full[0, len(prompt) :].tolist()
 
 
 @pytest.fixture(scope="session")

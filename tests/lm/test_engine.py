@@ -11,7 +11,9 @@ from conftest import CONFIGS, reference
 
 from hasten.engine import run
 from hasten.lm.constrain.allowed import Allowed
+from hasten.lm.decode import suffix
 from hasten.lm.decode.ngram import Ngram, Options
+from hasten.lm.decode.suffix import Suffix
 from hasten.lm.engine import TokenEngine
 from hasten.values import Request, Sampling, UserError
 
@@ -36,6 +38,7 @@ SETTINGS: dict[str, Any] = {
     "few rows": {"max_rows": 2},
     "ngram": {"decode": lambda: Ngram(Options(k=3, shortest=1))},
     "ngram in chunks": {"decode": lambda: Ngram(Options(k=5, shortest=1)), "step_tokens": 11, "max_rows": 4},
+    "suffix": {"decode": lambda: Suffix(suffix.Options(k=5)), "max_rows": 4},
     "nothing shared": {"share": False, "retained": 0},
 }
 
@@ -228,7 +231,7 @@ def test_logprobs_are_the_models_own(pairs: Any) -> None:
 @pytest.mark.parametrize("max_tokens", [0, 1, 5])
 def test_prompt_logprobs_are_read_whole_whatever_is_cached_cut_or_pushed_out(pairs: Any, max_tokens: int) -> None:
     model, ours = pairs("qwen2")
-    asked = [p + [7, 8] for p in prompts(4)]
+    asked = [[*p, 7, 8] for p in prompts(4)]
     memory = 100 * TokenEngine(ours).cache.shape.bytes_per_position
     for engine in (TokenEngine(ours), TokenEngine(ours, step_tokens=5), TokenEngine(ours, memory=memory)):
         s = Sampling(max_tokens=max_tokens, prompt_logprobs=2, ignore_eos=True)

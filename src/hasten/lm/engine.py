@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hasten import hf
+from hasten import cpu, hf
 from hasten.flops import model_cost
 from hasten.lm import sampler, text
 from hasten.lm.attention import Plan, Span
@@ -33,17 +33,19 @@ class TokenEngine:
 
     model: as `hf.load_model` or `hf.prepare` gives it. role: under which its costs are booked. max_rows: rows in one forward pass at most.
     step_tokens: positions in one forward pass at most (prompts are cut into chunks). memory: bytes of cache at most (default: a quarter
-    of what is free). share, retained: see `prefix`.
+    of what is free). share, retained: see `prefix`. threads: torch's threads in a step (default: as many as it has).
     """
 
     def __init__(
         self, model: Any, tokenizer: Any = None, *, role: str = "target", decode: Decode | None = None, constraint: Constraint | None = None,
         max_rows: int = 128, step_tokens: int = 512, max_len: int | None = None, memory: int | None = None, share: bool = True, retained: int = 32,
+        threads: int | None = None,
     ) -> None:  # fmt: skip
         if max_rows < 1 or step_tokens < 1:
             raise UserError("max_rows and step_tokens must be at least 1")
         self.model, self.tokenizer, self.role = model, tokenizer, role
         self.decode, self.constraint = decode or Plain(), constraint
+        self.threads = threads
         self.facts = hf.facts(model)
         self.costs = model_cost(model)
         parameter = next(model.parameters())
@@ -132,10 +134,11 @@ class TokenEngine:
 
     def step(self) -> list[Event]:
         """One forward pass over the rows whose turn it is."""
-        works = self.scheduler.plan()
-        self._propose(works)
-        if works:
-            self._commit(works, self._forward(works))
+        with cpu.using(self.threads):  # torch counts them for each thread of Python: whoever steps has to say
+            works = self.scheduler.plan()
+            self._propose(works)
+            if works:
+                self._commit(works, self._forward(works))
         news, self._news = self._news, []
         return news
 
@@ -295,6 +298,7 @@ class TokenEngine:
     def _finish(self, row: Row, reason: str) -> None:
         """Take a row out, give its cache back (or pin it), and send the result once all samples of its request are there."""
         row.finish = reason
+        self.decode.finish(row)
         if row.request.keep and row.entry is not None and reason != "cancelled":
             row.entry.pinned += 1
             self._kept[row.key] = (row.entry, list(row.tokens))

@@ -47,9 +47,9 @@ def most(done: float, grown: bool = False) -> int:
     return arith.MAX_STEPS if grown else min(arith.MAX_STEPS, 1 + int(done / 0.08))
 
 
-def slips(done: float, grown: bool = False) -> bool:
-    """Whether solutions are written with slips: from 70 % of training on, or throughout if grown; before, facts are learnt as they are."""
-    return grown or done >= 0.7
+def slips(done: float) -> bool:
+    """Whether solutions are written with slips: from 70 % of training on; before, facts are learnt as they are."""
+    return done >= 0.7
 
 
 def loss_of(model: Llama, b: data.Batch) -> Tensor:
@@ -87,8 +87,7 @@ def train(
 
 
 def batch(s: Spec, step: int, done: float) -> data.Batch:
-    grown = s.start is not None
-    return data.batch(s.seed, step, ROWS, most(done, grown), slips(done, grown))
+    return data.batch(s.seed, step, ROWS, most(done, s.start is not None), slips(done))
 
 
 def grow(model: Llama, small: Llama) -> None:

@@ -75,6 +75,9 @@ class Ngram:
     def accept(self, row: Row, proposal: Sequence[int], chosen: Sequence[int], logits: torch.Tensor) -> list[int]:
         return coupled(proposal, chosen)
 
+    def finish(self, row: Row) -> None:
+        pass
+
 
 def build(options: Options, target: Any = None) -> Ngram:
     return Ngram(options)

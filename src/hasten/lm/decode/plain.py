@@ -28,6 +28,9 @@ class Plain:
     def accept(self, row: Row, proposal: Sequence[int], chosen: Sequence[int], logits: torch.Tensor) -> list[int]:
         return coupled(proposal, chosen)
 
+    def finish(self, row: Row) -> None:
+        pass
+
 
 def build(options: Options, target: Any = None) -> Plain:
     return Plain()
