@@ -25,7 +25,7 @@ from hasten.engine import Engine
 from hasten.measure.candidates import candidates
 from hasten.measure.machine import Watch, describe
 from hasten.measure.measure import Silent, make_setting, time_blocks
-from hasten.measure.pick import applying, one_thread
+from hasten.measure.pick import applying
 from hasten.measure.trial import Setting, Trial, difference, slowdown
 from hasten.recipe import Recipe
 from hasten.techniques import technique
@@ -65,7 +65,6 @@ def run_pick(out: Path) -> dict[str, float]:
 
 def exhaustive(document: dict[str, Any], out: Path, items: int) -> dict[str, Any]:
     """Quality on test items and seconds of every recipe; the best inside the baseline's seconds; how the picked one compares."""
-    one_thread()
     setting = make_setting(None, 1, str(out), "auto", "auto", "auto")
     plain = candidates(None).baseline
     plan = candidates(None, speedups=applying(setting, plain, Silent()))

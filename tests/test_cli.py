@@ -67,20 +67,21 @@ def test_pick_without_arguments(calls):
     assert source is None
     assert options == {
         "task": None, "techniques": (), "budgets": {}, "targets": {}, "lossless": False, "concurrency": 1, "dry_run": False,
-        "out": "hasten-out", "template": "auto", "device": "auto", "dtype": "auto",
+        "out": "hasten-out", "template": "auto", "device": "auto", "dtype": "auto", "threads": "auto",
     }  # fmt: skip
 
 
 def test_pick_passes_everything_on(calls, tmp_path):
     words = ["pick", "m", "--task", "t.jsonl", "--with", "ngram(k=4)", "--with", "vote", "--budget", "seconds=1", "--budget", "flops=2e9"]
     words += ["--target", "accuracy=0.9", "--lossless", "--concurrency", "4", "--dry-run", "--out", str(tmp_path), "--template", "off"]
-    assert hasten(*words, "--device", "cpu", "--dtype", "float64").exit_code == 0
+    assert hasten(*words, "--device", "cpu", "--dtype", "float64", "--threads", "2").exit_code == 0
     [(source, options)] = calls
     del options["progress"]
     assert source == "m"
     assert options == {
         "task": "t.jsonl", "techniques": ("ngram(k=4)", "vote"), "budgets": {"seconds": 1.0, "flops": 2e9}, "targets": {"accuracy": 0.9},
         "lossless": True, "concurrency": 4, "dry_run": True, "out": str(tmp_path), "template": "off", "device": "cpu", "dtype": "float64",
+        "threads": "2",
     }  # fmt: skip
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import pytest
 
 from hasten import cpu
 from hasten.cpu import Topology, read
+from hasten.values import UserError
 
 CPU = "sys/devices/system/cpu"
 
@@ -121,6 +125,83 @@ def test_level_2_cache(tmp_path: Path) -> None:
         {f"{cache}/index0/level": "1", f"{cache}/index0/size": "48K", f"{cache}/index2/level": "2", f"{cache}/index2/size": "2048K"},
     )
     assert read(tmp_path, {0}).cache == 2 << 20
+
+
+@pytest.fixture
+def eight(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Two nodes of four cores with hyperthreads and 1 MiB each; torch with sixteen threads, noted when it is given others."""
+    import torch
+
+    node = lambda first: tuple((core, core + 8) for core in range(first, first + 4))  # noqa: E731
+    monkeypatch.setattr(cpu, "topology", lambda: Topology((node(0), node(4)), cache=1 << 20))
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    had = [16]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: had[-1])
+    monkeypatch.setattr(torch, "set_num_threads", had.append)
+    return had
+
+
+def test_a_thread_for_every_cache_of_weights_and_no_more_than_one_node_has(eight: list[int]) -> None:
+    sizes = [0, 1 << 20, 2 << 20, (3 << 20) + 5, 4 << 20, 1 << 30, float("inf")]
+    assert [cpu.choose("auto", n) for n in sizes] == [1, 1, 2, 3, 4, 4, 4]
+
+
+def test_what_the_user_said_counts(eight: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cpu.choose(7, 0) == cpu.choose("7", 0) == 7
+    eight.append(3)  # torch.set_num_threads(3)
+    assert cpu.choose("auto", 1 << 30) == 3
+    assert cpu.choose("auto", 0) == 1
+    eight.append(12)
+    monkeypatch.setenv("OMP_NUM_THREADS", "12")
+    assert cpu.choose("auto", 0) == 12
+
+
+@pytest.mark.parametrize("threads", ["many", 0, -1, 17, "17"])
+def test_numbers_of_threads_that_cannot_be(eight: list[int], threads: str | int) -> None:
+    said = "a whole number" if threads == "many" else r"between 1 and 16, for this process may use 8 physical cores in 2 NUMA nodes"
+    with pytest.raises(UserError, match=said):
+        cpu.choose(threads)
+
+
+def test_threads_are_given_back(eight: list[int]) -> None:
+    with contextlib.suppress(KeyError), cpu.using(2):
+        assert eight[-1] == 2
+        raise KeyError
+    with cpu.using(16), cpu.using(None):
+        pass
+    assert eight == [16, 2, 16]
+
+
+def test_pin_takes_one_hyperthread_a_core_and_a_node_where_that_is_enough(eight: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    bound: list[list[int]] = []
+    monkeypatch.setattr(cpu, "bind", bound.append)
+    for threads in (1, 4, 6, 10):
+        cpu.pin(threads)
+    assert bound == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not bind threads")
+def test_every_thread_is_bound_and_later_ones_inherit_it() -> None:
+    before, stop = os.sched_getaffinity(0), threading.Event()
+    early = threading.Thread(target=stop.wait)
+    early.start()
+    try:
+        cpu.bind([min(before)])
+        late = threading.Thread(target=stop.wait)
+        late.start()
+        assert {frozenset(os.sched_getaffinity(t)) for t in (0, early.native_id or 0, late.native_id or 0)} == {frozenset([min(before)])}
+        with pytest.raises(UserError, match="processors 100000 are refused"):
+            cpu.bind([100000])
+    finally:
+        cpu.bind(list(before))
+        stop.set()
+
+
+def test_no_binding_on_other_systems(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("os.sched_setaffinity", raising=False)
+    with pytest.raises(UserError, match="does not let a process choose"):
+        cpu.bind([0])
 
 
 def test_this_machine() -> None:

@@ -105,6 +105,7 @@ Out = Annotated[Path, typer.Option(help="Directory for what is written.")]
 Concurrency = Annotated[int, typer.Option(min=1, help="Requests in flight at a time.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="auto, or torch's name of a type, for example bfloat16.")]
+Threads = Annotated[str, typer.Option(help="auto, or the number of processor threads of each model.")]
 Template = Annotated[str, typer.Option(help="auto: prompts go through the tokenizer's chat template if it has one; off: as they are.")]
 
 app = typer.Typer(
@@ -194,6 +195,7 @@ def measure(
     template: Template = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    threads: Threads = "auto",
     json_: Json = False,
 ) -> None:
     """Measure recipes on a task: quality with its interval, and what a request costs. Nothing is picked."""
@@ -203,7 +205,7 @@ def measure(
     with _keeping(lambda: _measured(out)), terminal.Progress() as progress, contextlib.redirect_stdout(sys.stderr):
         found = run(
             parsed, task=task, n=items, concurrency=concurrency, out=str(out), template=template, device=device, dtype=dtype,
-            progress=progress,
+            threads=threads, progress=progress,
         )  # fmt: skip
     terminal.print_json(found) if json_ else terminal.show_measurements("", found)
 
@@ -231,6 +233,7 @@ def pick(
     template: Template = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    threads: Threads = "auto",
     json_: Json = False,
 ) -> None:  # fmt: skip
     """Measure combinations of techniques and pick the best one inside the budget. Without arguments: on the models that ship with hasten.
@@ -243,7 +246,8 @@ def pick(
     with _keeping(lambda: _measured(out)), terminal.Progress() as progress, contextlib.redirect_stdout(sys.stderr):
         document = run(
             source, task=task, techniques=tuple(with_ or ()), budgets=budgets, targets=targets, lossless=lossless, concurrency=concurrency,
-            dry_run=dry_run, out=str(out), template=template, device=device, dtype=dtype, progress=progress,
+            dry_run=dry_run, out=str(out), template=template, device=device, dtype=dtype, threads=threads,
+            progress=progress,
         )  # fmt: skip
     terminal.print_json(document) if json_ else terminal.show_pick(document)
 
@@ -257,6 +261,7 @@ def run(
     template: Template = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    threads: Threads = "auto",
     json_: Json = False,
     **sampling: Any,
 ) -> None:
@@ -268,7 +273,7 @@ def run(
     with contextlib.redirect_stdout(sys.stderr):
         from hasten.load import load
 
-        loaded = load(recipe, template=template, device=device, dtype=dtype)
+        loaded = load(recipe, template=template, device=device, dtype=dtype, threads=threads)
         if loaded.templated:
             note("the prompt goes through the model's chat template (--template off to stop it)")
         request = Request(loaded.ask(asked), chosen, id="0")

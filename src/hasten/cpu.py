@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+from hasten.values import UserError
+
 Core: TypeAlias = tuple[int, ...]  # numbers of a physical core's logical processors (hyperthreads)
 CACHE = 1 << 20  # bytes of a core's own cache where the system does not tell
 
@@ -69,6 +71,71 @@ class Topology:
 
 def _count(n: int, what: str) -> str:
     return f"{n} {what}{'' if n == 1 else 's'}"
+
+
+# --- using ----------------------------------------------------------------------------------------------------------------------
+
+
+def choose(threads: str | int = "auto", nbytes: float = math.inf) -> int:
+    """Threads for a model whose weights are `nbytes`: a number that was asked for, or "auto".
+
+    auto: a thread for every full level-2 cache of weights, at most the physical cores of one node. Weights that stay in the caches of fewer
+    cores leave further threads nothing to fetch, and every layer would wait for them. What OMP_NUM_THREADS or MKL_NUM_THREADS say is taken as
+    it is, and where torch has fewer threads (`torch.set_num_threads`) there are no more. UserError for what is no such number.
+    """
+    there = topology()
+    if threads != "auto":
+        return _asked(threads, there)
+    import torch
+
+    if any(os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")):
+        return int(torch.get_num_threads())
+    return int(max(1, min(there.threads(), torch.get_num_threads(), nbytes / there.cache)))
+
+
+def _asked(threads: str | int, there: Topology) -> int:
+    try:
+        number = int(threads)
+    except ValueError:
+        raise UserError(f"threads={threads!r}: must be 'auto' or a whole number") from None
+    if not 1 <= number <= there.most:
+        raise UserError(f"threads={number}: must lie between 1 and {there.most}, for this process may use {there}")
+    return number
+
+
+@contextlib.contextmanager
+def using(threads: int | None) -> Iterator[None]:
+    """Inside, torch has so many threads (None: as many as it has); afterwards what it had."""
+    import torch
+
+    before = torch.get_num_threads()
+    if threads is None or threads == before:
+        yield
+        return
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def bind(processors: Sequence[int]) -> None:
+    """From now on every thread of this process, those that it starts later included, runs on these processors. UserError where it cannot."""
+    if not hasattr(os, "sched_setaffinity"):
+        raise UserError(f"pin: {platform.system()} does not let a process choose its processors")
+    try:
+        for task in os.listdir("/proc/self/task"):
+            with contextlib.suppress(ProcessLookupError):  # that thread has ended
+                os.sched_setaffinity(int(task), processors)
+    except OSError as error:
+        raise UserError(f"pin: processors {', '.join(map(str, processors))} are refused ({error.strerror})") from None
+
+
+def pin(threads: int) -> None:
+    """`bind` to one hyperthread of each core of the largest node; to as many processors as there are threads, where a node has fewer cores."""
+    there = topology()
+    node = there.places(1)[0]
+    bind(node if len(node) >= threads else there.processors[:threads])
 
 
 # --- reading --------------------------------------------------------------------------------------------------------------------

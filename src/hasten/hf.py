@@ -83,22 +83,39 @@ def load_model(source: str, *, device: str = "auto", dtype: str = "auto") -> tor
     dtype "auto": on a GPU the checkpoint's; on a CPU fp32, but the checkpoint's bf16 where the processor computes in it (AMX, AVX512-BF16).
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
+    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
-    quiet()
-    config = _reading(source, "config", lambda: AutoConfig.from_pretrained(source, trust_remote_code=False))
+    config = _config(source)
     why = why_not(config)
     if why:
         raise UserError(f"{source}: {why}")
-    reward = is_reward(config)
     device = best_device() if device == "auto" else device
-    kind = AutoModelForTokenClassification if reward else AutoModelForCausalLM
+    kind = AutoModelForTokenClassification if is_reward(config) else AutoModelForCausalLM
     chosen = best_dtype(config, device) if dtype == "auto" else named_dtype(dtype)
     model = _reading(source, "weights", lambda: kind.from_pretrained(source, dtype=chosen, trust_remote_code=False))
     try:
         return prepare(model.to(torch.device(device)))
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"{source}: device {device!r} cannot be used ({_one_line(e)})") from None
+
+
+def dtype_name(source: str, device: str = "auto", dtype: str = "auto") -> str:
+    """torch's name of the type that `load_model` takes the weights of this source in."""
+    device = best_device() if device == "auto" else device
+    chosen = best_dtype(_config(source), device) if dtype == "auto" else named_dtype(dtype)
+    return str(chosen).removeprefix("torch.")
+
+
+def _config(source: str) -> Any:
+    from transformers import AutoConfig
+
+    quiet()
+    return _reading(source, "config", lambda: AutoConfig.from_pretrained(source, trust_remote_code=False))
+
+
+def nbytes(model: Any) -> int:
+    """Bytes of a model's weights."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def prepare(model: Any) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from hasten import techniques
+from hasten import cpu, techniques
 from hasten.engine import Engine, run
 from hasten.recipe import Recipe, Use, load_recipe
 from hasten.values import Prompt, Request, Result, Sampling, UserError
@@ -31,7 +31,7 @@ class Target:
 
 
 class Models:
-    """Models read from disk, each once: recipes that are compared share them. Key: (source, device, dtype)."""
+    """Models read from disk, each once: recipes that are compared share them. Key: (source, device, type of the weights)."""
 
     def __init__(self) -> None:
         self._loaded: dict[tuple[str, str, str], tuple[Any, Any]] = {}
@@ -40,9 +40,9 @@ class Models:
         """(model, tokenizer) of a source."""
         from hasten import hf
 
-        key = (source, device, dtype)
+        path = hf.resolve(source)
+        key = (source, device, hf.dtype_name(path, device, dtype))
         if key not in self._loaded:
-            path = hf.resolve(source)
             self._loaded[key] = (hf.load_model(path, device=device, dtype=dtype), hf.load_tokenizer(path))
         return self._loaded[key]
 
@@ -71,6 +71,11 @@ class Loaded:
             engine.cache.forget()
 
     @property
+    def threads(self) -> int:
+        """Threads of the target model's engine."""
+        return self.engines["target"].threads or 1
+
+    @property
     def templated(self) -> bool:
         """Whether `ask` puts text into the tokenizer's chat template."""
         return self.template != "off" and bool(getattr(self.tokenizer, "chat_template", None))
@@ -86,42 +91,71 @@ def _is_one(prompts: Any) -> bool:
 
 def load(
     source: str | Recipe, *, device: str = "auto", dtype: str = "auto", template: str = "auto", models: Models | None = None,
-    max_rows: int = 128, **engine_options: Any,
+    max_rows: int = 128, threads: str | int = "auto", pin: bool = False, **engine_options: Any,
 ) -> Loaded:  # fmt: skip
     """Load a directory, hub id, `zoo:NAME`, recipe text or recipe.json.
 
     device: "auto", "cpu", "cuda". dtype: "auto" or a torch name. template: "auto" or "off" (see `Loaded.ask`). models: share loaded models
-    between calls. max_rows and engine_options go to `TokenEngine`. UserError says in one sentence what cannot be loaded or combined.
+    between calls. threads: "auto" (see `cpu.choose`; each model of the recipe gets its own number) or a number for all. pin: keep this
+    process on the cores of one NUMA node from now on. max_rows and engine_options go to `TokenEngine`. UserError says in one sentence what
+    cannot be loaded or combined.
     """
-    from hasten.lm.engine import TokenEngine
-
     if template not in ("auto", "off"):
         raise UserError(f"template={template!r}: must be 'auto' or 'off'")
+    most = cpu.choose(threads)
     recipe = source if isinstance(source, Recipe) else load_recipe(source)
-    models = models or Models()
-    model, tokenizer = models.get(recipe.model, device, dtype)
+    if pin:
+        cpu.pin(most)  # before the weights are read: memory belongs to the node that touches it first
+    models, slots = models or Models(), _slots(recipe)
+    model, tokenizer = models.get(recipe.model, device, _dtype(recipe, device, dtype))
     target = _target(model, tokenizer)
-    why = techniques.why_not(recipe, target)
-    if why:
-        raise UserError(f"{recipe}: {why}")
-    slots = _slots(recipe)
-    for use in slots.get("transform", ()):
-        model = _build(use, target)
-        target = replace(target, model=model)
-    extra = {k: v for use in slots.get("reuse", ()) for k, v in _build(use, target).items()}
-    parts = {slot: _build(slots[slot][0], target) for slot in ("decode", "constraint") if slot in slots}
-    options = {"max_rows": max_rows, **engine_options, **extra}
-    engines = {"target": TokenEngine(model, tokenizer, **parts, **options)}
+    options = {"max_rows": max_rows, **engine_options}
+    engines = {"target": _engine(recipe, slots, target, threads, options)}
     if "strategy" not in slots:
         return Loaded(recipe, engines["target"], engines, tokenizer, template)
+    from hasten.lm.engine import TokenEngine
+    from hasten.strategies.drive import Drive
+
     use = slots["strategy"][0]
     for role, where in _roles(use).items():
         other, words = models.get(where, device, dtype)
-        engines[role] = TokenEngine(other, words, role=role, **options)
+        engines[role] = TokenEngine(other, words, role=role, threads=_threads(threads, other), **options | _reuse(slots, target))
         target.tokenizers[role] = words
-    from hasten.strategies.drive import Drive
-
     return Loaded(recipe, Drive(engines, _build(use, target)), engines, tokenizer, template)
+
+
+def _engine(recipe: Recipe, slots: dict[str, list[Use]], target: Target, threads: str | int, options: dict[str, Any]) -> TokenEngine:
+    """The token engine of the target with its transforms, decode technique and constraint."""
+    from hasten.lm.engine import TokenEngine
+
+    count = _threads(threads, target.model)
+    with cpu.using(count):  # what is built for so many threads
+        why = techniques.why_not(recipe, target)
+        if why:
+            raise UserError(f"{recipe}: {why}")
+        for use in slots.get("transform", ()):
+            target.model = _build(use, target)
+        parts = {slot: _build(slots[slot][0], target) for slot in ("decode", "constraint") if slot in slots}
+        return TokenEngine(target.model, target.tokenizer, threads=count, **parts, **options | _reuse(slots, target))
+
+
+def _threads(threads: str | int, model: Any) -> int:
+    from hasten import hf
+
+    return cpu.choose(threads, hf.nbytes(model))
+
+
+def _dtype(recipe: Recipe, device: str, dtype: str) -> str:
+    """The type asked for; "auto" becomes the one that a technique's own CPU kernels take, if there are such."""
+    from hasten import hf
+
+    if dtype != "auto" or (hf.best_device() if device == "auto" else device) != "cpu":
+        return dtype
+    return next((taken for use in recipe.uses if (taken := getattr(techniques.module_of(use.name), "CPU_DTYPE", ""))), dtype)
+
+
+def _reuse(slots: dict[str, list[Use]], target: Target) -> dict[str, Any]:
+    return {key: value for use in slots.get("reuse", ()) for key, value in _build(use, target).items()}
 
 
 def _target(model: Any, tokenizer: Any) -> Target:

@@ -53,6 +53,7 @@ class FakeEngine:
 class FakeLoaded:
     recipe: Recipe
     engine: FakeEngine
+    threads: int = 1
 
     def ask(self, prompt: Prompt) -> Prompt:
         return prompt

@@ -42,8 +42,7 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(picking, "candidates", lambda *args: plan)
     monkeypatch.setattr(measuring, "loader", lambda *args: fake_load)
     monkeypatch.setattr(trial, "weights", lambda recipe: [])
-    monkeypatch.setattr(machine, "describe", lambda device: {"cpu": "none", "threads": 1})
-    monkeypatch.setattr(picking, "one_thread", lambda: None)
+    monkeypatch.setattr(machine, "describe", lambda device, threads: {"cpu": "none", "threads": 1})
 
 
 def run(out: Path, **changes: Any) -> dict[str, Any]:

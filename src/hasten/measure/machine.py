@@ -15,24 +15,32 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from hasten import cpu
+
 OTHERS, STEAL = 0.10, 0.02  # shares above which a stretch is contended
 _SETS = ("sse4_2", "avx", "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "sve", "bf16", "i8mm")
 
 
-def describe(device: str = "auto") -> dict[str, Any]:
-    """What the seconds depend on: processor, cores, instruction sets, memory (bytes), GPU, threads and versions."""
+def describe(device: str = "auto", threads: str | int = "auto") -> dict[str, Any]:
+    """What the seconds depend on: processor, cores, instruction sets, memory (bytes), GPU, threads and versions.
+
+    cores: physical ones that this process may use; `threads`: those of a large model (a small one may have fewer: `cpu.choose`).
+    """
     import torch
     import transformers
 
     cuda = torch.cuda.is_available() and device != "cpu"
-    cpu, flags = _cpu()
+    name, flags = _cpu()
+    there = cpu.topology()
     return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu": name,
+        "cores": there.cores,
+        "nodes": len(there.nodes),
+        "processors": there.most,
         "instructions": [name for name in _SETS if name in flags],
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpu": torch.cuda.get_device_name() if cuda else None,
-        "threads": torch.get_num_threads(),
+        "threads": cpu.choose(threads),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -27,29 +27,29 @@ MINUTES = 3.0  # after which the run on the zoo measures no more candidates
 def pick(
     source: str | None = None, *, task: str | Task | None = None, techniques: Sequence[str] = (), budgets: Mapping[str, float] | None = None,
     targets: Mapping[str, float] | None = None, lossless: bool = False, concurrency: int = 1, dry_run: bool = False, out: str = "hasten-out",
-    template: str = "auto", device: str = "auto", dtype: str = "auto", minutes: float | None = None, progress: Progress | None = None,
+    template: str = "auto", device: str = "auto", dtype: str = "auto", threads: str | int = "auto", minutes: float | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure combinations on a source (None: the zoo) and pick the best inside the budgets, or the cheapest that reaches the targets.
 
     budgets: most that a request may cost, by an axis of `pareto.AXES`; none: what the baseline (greedy decoding of the largest model) costs in
-    seconds. targets: least quality, by its name. minutes: measure no more candidates after this time (default: 3 on the zoo, else none).
-    Writes recipe.json, measurements.jsonl and report.html to `out`; returns {"picked", "baseline", "frontier", "measurements", "budget",
-    "why", "out", "confirmation"}. A dry run returns {"candidates", "baseline_text", "why"}. UserError if nothing fits: it says what was nearest.
+    seconds. targets: least quality, by its name. threads: see `hasten.load`. minutes: measure no more candidates after this time (default: 3
+    on the zoo, else none). Writes recipe.json, measurements.jsonl and report.html to `out`; returns {"picked", "baseline", "frontier",
+    "measurements", "budget", "why", "out", "confirmation"}. A dry run returns {"candidates", "baseline_text", "why"}. UserError if nothing
+    fits: it says what was nearest.
     """
     loaded = task if isinstance(task, Task) else load_task(task or "arith")
     check_names(budgets or {}, targets or {}, loaded)
     if dry_run:
         return planned(candidates(source, techniques, lossless, loaded.answered, [use for use in SPEEDUPS if not unfit(use)]))
-    if source is None:
-        one_thread()
     limit = minutes if minutes is not None else MINUTES if source is None else float("inf")
-    setting = make_setting(loaded, concurrency, out, template, device, dtype)
+    setting = make_setting(loaded, concurrency, out, template, device, dtype, threads)
     baseline = candidates(source, techniques, lossless, loaded.answered).baseline
     plan = candidates(source, techniques, lossless, loaded.answered, applying(setting, baseline, progress or Silent()))
     run = Run(setting, plan, progress or Silent(), dict(budgets or {}), dict(targets or {}), bool(budgets or targets), 60 * limit)
     halve(run)
     document = evidence(run, chosen(run))
-    document |= {"out": out, "command": command(source, task, techniques, budgets, targets, lossless, concurrency)}
+    document |= {"out": out, "command": command(source, task, techniques, budgets, targets, lossless, concurrency, threads)}
     write(document, Path(out))
     return document
 
@@ -93,13 +93,6 @@ def applying(setting: Setting, baseline: Recipe, progress: Progress) -> list[Use
         except UserError as error:
             progress.log(f"not here: {error}")
     return found
-
-
-def one_thread() -> None:
-    """The zoo's weights fit into one core's cache, where a second thread costs more than it brings (the report states the number of threads)."""
-    import torch
-
-    torch.set_num_threads(1)
 
 
 # --- choosing --------------------------------------------------------------------------------------------------------------------------
@@ -210,7 +203,7 @@ def same_why(run: Run, document: Mapping[str, Any]) -> str:
 
 def command(
     source: str | None, task: str | Task | None, techniques: Sequence[str], budgets: Mapping[str, float] | None,
-    targets: Mapping[str, float] | None, lossless: bool, concurrency: int,
+    targets: Mapping[str, float] | None, lossless: bool, concurrency: int, threads: str | int = "auto",
 ) -> str:  # fmt: skip
     """The command line that repeats this run."""
     words = ["hasten", "pick", *([source] if source else [])]
@@ -220,6 +213,7 @@ def command(
     words += [word for name, low in (targets or {}).items() for word in ("--target", f"{name}={low:g}")]
     words += ["--lossless"] if lossless else []
     words += ["--concurrency", str(concurrency)] if concurrency != 1 else []
+    words += ["--threads", str(threads)] if threads != "auto" else []
     return shlex.join(words)
 
 

@@ -106,7 +106,14 @@ class Trial:
             results = dict(closed_loop(self.loaded.engine, requests, self.setting.concurrency))
         joules = None if energy.joules is None else energy.joules / len(items)
         for key, result in results.items():
-            line = {"block": block, "item": key, "joules": joules, "contended": watch.contended, **plain_usage(result)}
+            line = {
+                "block": block,
+                "item": key,
+                "joules": joules,
+                "contended": watch.contended,
+                "threads": self.loaded.threads,
+                **plain_usage(result),
+            }
             self.times.append(line)
             self.setting.store.keep("time", self.key, line)
 
@@ -115,7 +122,8 @@ class Trial:
 
     def measurement(self, reference: Mapping[str, Outcome]) -> dict[str, Any]:
         """What is known of this recipe, as the measurement that `measure` prints and `pick` reads."""
-        task = self.setting.task
+        task, machine = self.setting.task, dict(self.setting.machine)
+        machine |= {"threads": self.times[-1]["threads"]} if self.times and "threads" in self.times[-1] else {}
         return {
             "recipe": self.recipe.to_json(),
             "recipe_text": str(self.recipe),
@@ -124,7 +132,7 @@ class Trial:
             "quality": quality.summary(task.quality, self.outcomes, reference, self.kl),
             "cost": costs(settled(self.times)),
             "concurrency": self.setting.concurrency,
-            "machine": dict(self.setting.machine),
+            "machine": machine,
             "contended": any(line["contended"] for line in self.times),
         }
 

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from hasten import hf, native
 from hasten.native import build as compiled
 
+CPU_DTYPE = "float32"  # what the kernels take, whatever the processor computes in
+
 
 @dataclass(frozen=True)
 class Options:

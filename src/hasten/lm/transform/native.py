@@ -7,6 +7,8 @@ from typing import Any
 
 from hasten.native import build as native
 
+CPU_DTYPE = "float32"  # what the kernels take, whatever the processor computes in
+
 
 @dataclass(frozen=True)
 class Options:
