@@ -319,6 +319,7 @@ void configure(int m) {  // tiles 0-3: sums [rows][16] of two row groups by two 
   t.rows[0] = t.rows[1] = t.rows[4] = first;
   t.rows[2] = t.rows[3] = t.rows[5] = second;
   t.rows[6] = t.rows[7] = 16;
+  asm volatile("" ::"r"(&t) : "memory");  // GCC 12 and older believe that 8 of the 64 bytes are read, and may drop the other stores
   _tile_loadconfig(&t);
 }
 
