@@ -161,7 +161,7 @@ def measured(rivals: dict[str, Process], roofs: dict[tuple[float, int], Roofline
         report(f"batch {batch}, ms a step", cells[f"batch {batch}"], cells["cold start"])
     cells[f"prefill {PROMPT}"] = cell(prefill_rounds(rivals, args, watches), {})
     report(f"prompt of {PROMPT} tokens, ms", cells[f"prefill {PROMPT}"], cells["cold start"])
-    document = {"bench": "cpu", "cells": cells, "bars": bars(cells), "machine": describe("cpu"), "contended": any(watches)}
+    document = {"bench": "cpu", "cells": cells, "bars": bars(cells), "machine": describe("cpu", args.threads), "contended": any(watches)}
     for name, bar in document["bars"].items():
         say(f"{name}: {bar['measured']} -> {'not measured' if bar['met'] is None else 'met' if bar['met'] else 'NOT MET'}")
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}

@@ -20,9 +20,8 @@ ENDLESS = 1024  # tokens, more than a benchmark asks for
 
 class Hasten(Rival):
     def __init__(self, folder: Path, kind: str, threads: int) -> None:
-        torch.set_num_threads(threads)
         recipe = Recipe(str(folder), () if kind == "plain" else (Use(kind),))
-        engine = hasten.load(recipe, device="cpu", max_rows=32).engine
+        engine = hasten.load(recipe, device="cpu", max_rows=32, threads=threads).engine
         assert isinstance(engine, TokenEngine)
         self.engine, self.rows = engine, 0
         self._watch()
