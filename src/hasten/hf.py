@@ -140,9 +140,16 @@ def prepare(model: Any) -> Any:
 def shared_copy(model: Any) -> Any:
     """A second module tree over the same weights, so that a transform can change one and leave the other alone."""
     twin = copy.copy(model)
-    twin.__dict__.pop("_derived", None)
+    for name in ("_derived", "small_step"):  # they were made of the first one
+        twin.__dict__.pop(name, None)
     twin.__dict__["_modules"] = {name: None if m is None else shared_copy(m) for name, m in model._modules.items()}
     return twin
+
+
+def stepped(model: Any, step: Any) -> Any:
+    """The model with `step` doing those steps that it takes (see `forward`)."""
+    object.__setattr__(model, "small_step", step)
+    return model
 
 
 def derived(model: Any, key: Hashable, make: Callable[[], Any]) -> Any:

@@ -6,6 +6,7 @@ lm = hasten.load("zoo:arith-m +ngram +vote(n=8)")
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -50,8 +51,11 @@ class Models:
 class Loaded:
     """A recipe that answers. `engine` is the outermost engine, `engines` the token engines by role."""
 
-    def __init__(self, recipe: Recipe, engine: Engine, engines: dict[str, TokenEngine], tokenizer: Any, template: str) -> None:
+    def __init__(
+        self, recipe: Recipe, engine: Engine, engines: dict[str, TokenEngine], tokenizer: Any, template: str, load_seconds: float = 0.0
+    ) -> None:
         self.recipe, self.engine, self.engines, self.tokenizer, self.template = recipe, engine, engines, tokenizer, template
+        self.load_seconds = load_seconds
 
     def generate(self, prompts: Prompt | Sequence[Prompt], sampling: Sampling | None = None) -> list[Result]:
         """Answers to prompts (text, token ids or chat messages; one prompt alone is taken as a list of one), n a prompt, in order."""
@@ -74,6 +78,12 @@ class Loaded:
     def threads(self) -> int:
         """Threads of the target model's engine."""
         return self.engines["target"].threads or 1
+
+    @property
+    def startup(self) -> dict[str, float]:
+        """Seconds that no later answer costs again: load (read and pack the models), and compile, which happens when a step is first met."""
+        step = getattr(self.engines["target"].model, "small_step", None)
+        return {"load": self.load_seconds, "compile": sum(getattr(step, "seconds", {}).values())}
 
     @property
     def templated(self) -> bool:
@@ -102,7 +112,7 @@ def load(
     """
     if template not in ("auto", "off"):
         raise UserError(f"template={template!r}: must be 'auto' or 'off'")
-    most = cpu.choose(threads)
+    began, most = time.perf_counter(), cpu.choose(threads)
     recipe = source if isinstance(source, Recipe) else load_recipe(source)
     if pin:
         cpu.pin(most)  # before the weights are read: memory belongs to the node that touches it first
@@ -112,7 +122,7 @@ def load(
     options = {"max_rows": max_rows, **engine_options}
     engines = {"target": _engine(recipe, slots, target, threads, options)}
     if "strategy" not in slots:
-        return Loaded(recipe, engines["target"], engines, tokenizer, template)
+        return Loaded(recipe, engines["target"], engines, tokenizer, template, time.perf_counter() - began)
     from hasten.lm.engine import TokenEngine
     from hasten.strategies.drive import Drive
 
@@ -121,7 +131,7 @@ def load(
         other, words = models.get(where, device, dtype)
         engines[role] = TokenEngine(other, words, role=role, threads=_threads(threads, other), **options | _reuse(slots, target))
         target.tokenizers[role] = words
-    return Loaded(recipe, Drive(engines, _build(use, target)), engines, tokenizer, template)
+    return Loaded(recipe, Drive(engines, _build(use, target)), engines, tokenizer, template, time.perf_counter() - began)
 
 
 def _engine(recipe: Recipe, slots: dict[str, list[Use]], target: Target, threads: str | int, options: dict[str, Any]) -> TokenEngine:

@@ -94,14 +94,14 @@ class Cluster:
         q = q.reshape(rows, w, kv, groups, dim).permute(0, 2, 3, 1, 4).reshape(rows, kv, groups * w, dim)
         k, v = (self._rows(x)[:, : self.length].transpose(1, 2) for x in (k, v))
         mask = self.mask(window, groups)
-        out = _capped(q, k, v, mask, scale, cap) if cap else scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        out = capped(q, k, v, mask, scale, cap) if cap else scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         return out.reshape(rows, kv, groups, w, dim).permute(0, 3, 1, 2, 4).reshape(rows * w, kv * groups, dim)
 
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
         return x[self.first : self.last] if self.slots is None else x[:, : self.length].index_select(0, self.slots)
 
 
-def _capped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None, cap: float) -> torch.Tensor:
+def capped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None, cap: float) -> torch.Tensor:
     """Attention with soft-capped scores, cap * tanh(scores / cap) (Gemma 2)."""
     scores = cap * torch.tanh(q @ k.transpose(-1, -2) * (scale or q.shape[-1] ** -0.5) / cap)
     return torch.softmax(scores if mask is None else scores + mask, -1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ v

@@ -174,6 +174,20 @@ class RaggedCache:
         if (rows > len(self.entries) or length > self.capacity) and 2 * rows * length <= self.budget:
             self._resize(rows, length)
 
+    def padding(self, rows: int) -> int | None:
+        """A slot that belongs to nobody, with slots 0 .. rows - 1 there to be computed on, whoever lies in them; None for want of room.
+
+        A step of fixed shape writes the keys and values of its padding there. A retained row is given up for it if need be.
+        """
+        free = next((slot for slot, entry in enumerate(self.entries) if entry is None), None)
+        if len(self.entries) >= rows and (free is not None or self._evict_oldest()):
+            return self.entries.index(None)
+        slots = max(rows, len(self.entries) + 1)
+        if slots * self.capacity > self.budget:
+            return None
+        self._resize(slots, self.capacity)
+        return self.entries.index(None) if None in self.entries else None
+
     @property
     def nbytes(self) -> int:
         return self.data.numel() * self.data.element_size()

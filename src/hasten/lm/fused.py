@@ -209,9 +209,6 @@ def attach(model: Any, rows: int = 64) -> Any:
     for part in ("model", "lm_head"):
         if not hasattr(model, part):
             raise Unfit(f"{type(model).__name__} is not built as Llama is")
-    return hf.derived(model, ("native", rows, torch.get_num_threads()), lambda: _with(hf.shared_copy(model), FusedStep(model, rows=rows)))
-
-
-def _with(model: Any, step: FusedStep) -> Any:
-    object.__setattr__(model, "small_step", step)
-    return model
+    return hf.derived(
+        model, ("native", rows, torch.get_num_threads()), lambda: hf.stepped(hf.shared_copy(model), FusedStep(model, rows=rows))
+    )

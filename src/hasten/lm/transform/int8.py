@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from hasten import hf, native
 from hasten.native import build as compiled
+from hasten.values import UserError
 
 CPU_DTYPE = "float32"  # what the kernels take, whatever the processor computes in
 
@@ -78,6 +79,10 @@ def why_not(options: Options, target: Any) -> str | None:
 
 
 def build(options: Options, target: Any) -> Any:
+    from hasten.lm.fused import FusedStep
+
+    if not isinstance(getattr(target.model, "small_step", None), FusedStep | None):
+        raise UserError("int8 changes what was compiled: put it before compile")
     return hf.derived(target.model, ("int8", options, torch.get_num_threads()), lambda: quantise(target.model, options))
 
 
@@ -88,7 +93,7 @@ def quantise(model: Any, options: Options) -> Any:
     twin = swapped(model, options.head)
     if options.fused and options.head and model.device.type == "cpu" and compiled.why_not() is None:
         with suppress(Unfit, AttributeError):  # not built as Llama is: its linear layers are int8 all the same
-            object.__setattr__(twin, "small_step", FusedStep(twin, int8=True, rows=options.rows))
+            hf.stepped(twin, FusedStep(twin, int8=True, rows=options.rows))
     return twin
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hasten.native import build as native
+from hasten.values import UserError
 
 CPU_DTYPE = "float32"  # what the kernels take, whatever the processor computes in
 
@@ -29,6 +30,8 @@ def why_not(options: Options, target: Any) -> str | None:
 
 
 def build(options: Options, target: Any) -> Any:
-    from hasten.lm.fused import attach
+    from hasten.lm.fused import FusedStep, attach
 
+    if not isinstance(getattr(target.model, "small_step", None), FusedStep | None):
+        raise UserError("native and compile both do the small steps: leave out one of them")
     return attach(target.model, rows=options.rows)
