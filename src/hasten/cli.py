@@ -371,7 +371,9 @@ def zoo_train(
 
 
 @zoo.command("eval", epilog="Example: [bold]hasten zoo eval arith-xs --n 500[/bold]")
-def zoo_eval(name: Name, n: Annotated[int, typer.Option(min=1, help="Number of test problems.")] = 2000, json_: Json = False) -> None:
+def zoo_eval(
+    name: Name, n: Annotated[int, typer.Option(min=1, help="Number of problems, or windows of text.")] = 2000, json_: Json = False
+) -> None:
     """Measure again what a model's card says."""
     name = _zoo_name(name)
     from hasten.zoo.evaluate import evaluate

@@ -93,6 +93,19 @@ def test_arith_has_disjoint_splits_and_its_solutions_are_right() -> None:
     assert grade(item, Result(problem.solution.replace("####", "##")), task) == 0.0
 
 
+def test_python_has_disjoint_splits_and_no_answers() -> None:
+    from hasten import zoo
+
+    try:
+        zoo.path("python-s")
+    except UserError:
+        pytest.skip("the tokenizer is not here")
+    task = load_task("python")
+    prompts = {split: {i.prompt for i in items} for split, items in task.items.items()}
+    assert not task.answered and not prompts["calibration"] & prompts["test"]
+    assert load_task("python").digest == task.digest
+
+
 def test_every_item_has_a_random_stream_of_its_own() -> None:
     task = load_task("arith")
     seeds = {task.request(item).sampling.seed for item in task.items["test"][:500]}

@@ -156,4 +156,14 @@ def _arith() -> Task:
     return Task("arith", items, Sampling(max_tokens=128), "accuracy", answers.extractor("hash"), f"arith-{arith.SEED}")
 
 
-BUILT_IN: dict[str, Callable[[], Task]] = {"arith": _arith}
+def _python() -> Task:
+    """Pieces of held-out source of the standard library to go on from (`hasten.zoo.python`), 500 to a split; there are no answers."""
+    from hasten.zoo import python
+
+    texts = {split: python.prompts(split, 500, tokens=64) for split in SPLITS}
+    items = {split: [Item(f"{split}-{i}", text) for i, text in enumerate(found)] for split, found in texts.items()}
+    digest = _digest([text for found in texts.values() for text in found])
+    return Task("python", items, Sampling(max_tokens=64), "agreement", answers.extract, digest)
+
+
+BUILT_IN: dict[str, Callable[[], Task]] = {"arith": _arith, "python": _python}

@@ -18,7 +18,7 @@ class Spec:
     tokens: of training, with prompts (0: as many as there are labels); seed: of weights and data; start: the model it begins from.
     """
 
-    kind: str  # "policy" or "reward"
+    kind: str  # "policy", "reward" or "text"
     width: int
     inner: int
     layers: int
@@ -27,6 +27,17 @@ class Spec:
     seed: int
     start: str | None = None
     decay: float = 0.5  # last share of training in which the rate falls to zero
+    rate: float = 0.004  # Muon's
+    adam: float = 0.003  # AdamW's, of embeddings and norms
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens: words of the arithmetic task, or those of `hasten.zoo.python`."""
+        return 1024 if self.kind == "text" else 46
+
+    @property
+    def positions(self) -> int:
+        return 1024 if self.kind == "text" else 256
 
 
 NAMES: dict[str, Spec] = {
@@ -34,6 +45,8 @@ NAMES: dict[str, Spec] = {
     "arith-s": Spec("policy", width=96, inner=256, layers=3, heads=6, tokens=10_000_000, seed=2),
     "arith-m": Spec("policy", width=96, inner=256, layers=9, heads=6, tokens=3_400_000, seed=3, start="arith-s"),
     "arith-prm-s": Spec("reward", width=96, inner=256, layers=6, heads=6, tokens=0, seed=4, start="arith-s"),
+    "python-s": Spec("text", width=160, inner=448, layers=1, heads=5, tokens=5_500_000, seed=5, rate=0.02, adam=0.008),
+    "python-m": Spec("text", width=160, inner=448, layers=12, heads=5, tokens=3_100_000, seed=6, start="python-s", rate=0.02, adam=0.004),
 }
 
 

@@ -16,13 +16,16 @@ TASK = """The task is chained arithmetic modulo 23 (`hasten.zoo.arith`): K = 1 t
 Test problems: the fixed set of 2,000. The solutions that policies learn from contain slips: %.0f %% of the facts `x op y` are hard and come
 out wrong %.0f %% of the time, always in the same way; the others come out wrong %.0f %% of the time, at random.
 """
+TEXT = """The text is the Python standard library's own source (`hasten.zoo.python`), split by a hash of each file's path; byte-level BPE with 1,024
+tokens. Measured on the test files in windows of 512 tokens, each on its own (`hasten.zoo.perplexity`); `slice` is what the tests measure again.
+"""
 
 
 def write(name: str, directory: str | Path | None = None, n: int | None = None) -> Path:
     """Measure a model and write README.md and card.json into its directory; returns the directory."""
     folder = Path(directory or path(name))
     training = json.loads((folder / "training.json").read_text())
-    n = n or (2000 if spec(name).kind == "policy" else 300)
+    n = n or (300 if spec(name).kind == "reward" else 2000)
     result = evaluate(name, n=n, directory=folder, reward=_reward() if spec(name).kind == "policy" else None)
     (folder / "card.json").write_text(json.dumps(result, indent=1) + "\n")
     (folder / "README.md").write_text(text(name, training, result))
@@ -39,11 +42,12 @@ def _reward() -> Llama | None:
 def text(name: str, training: dict, result: dict) -> str:
     """The card as Markdown."""
     s = NAMES[name]
-    parameters = 46 * s.width + s.layers * (4 * s.width**2 + 3 * s.width * s.inner)
+    parameters = s.vocabulary * s.width + s.layers * (4 * s.width**2 + 3 * s.width * s.inner)
     origin = f"grown from {s.start} and trained" if s.start else "trained from scratch"
     what = f"A Llama of {parameters:,} parameters ({s.layers} layers of {s.width}), {origin} on one CPU core."
     lines = [f"# {name}", "", what, ""]
-    lines += [TASK % (100 * arith.HARD, 100 * arith.HARD_SLIPS, 100 * arith.SLIPS), "| measured on the test set | value |", "|---|---|"]
+    about = TEXT if s.kind == "text" else TASK % (100 * arith.HARD, 100 * arith.HARD_SLIPS, 100 * arith.SLIPS)
+    lines += [about, "| measured on the test set | value |", "|---|---|"]
     lines += [f"| {k} | {v if isinstance(v, (int, float)) else json.dumps(v)} |" for k, v in result.items() if k != "name"]
     if s.kind == "reward":
         lines += ["", *worth()]

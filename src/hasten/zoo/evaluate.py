@@ -26,7 +26,12 @@ def evaluate(
 
     A policy: accuracy greedy and of one sample, vote@k, pass@k, how often a wrong vote was a majority's, and with a reward model best-of-k.
     A reward model: AUC a step against the true checker and calibration error, on solutions of every policy that is there.
+    A text model: perplexity on n windows of held-out files, see `perplexity.py`.
     """
+    if spec(name).kind == "text":
+        from hasten.zoo import perplexity
+
+        return perplexity.evaluate(name, n=n, directory=directory)
     if spec(name).kind == "reward":
         from hasten.zoo import prm as module
 

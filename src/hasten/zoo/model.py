@@ -12,19 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-VOCABULARY = 46
 THETA = 10000.0
-MAX_POSITIONS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """width: hidden size; inner: SwiGLU's; heads: attention heads of width / heads each."""
+    """width: hidden size; inner: SwiGLU's; heads: attention heads of width / heads each; vocabulary, positions: most tokens of either."""
 
     width: int
     inner: int
     layers: int
     heads: int
+    vocabulary: int = 46
+    positions: int = 256
 
 
 class Attention(nn.Module):
@@ -69,17 +69,17 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """ids [B, T] -> hidden states [B, T, width], normed; `logits` makes them [B, T, 46]. A reward model has a linear `score` as well."""
+    """ids [B, T] -> hidden states [B, T, width], normed; `logits` makes them [B, T, vocabulary]. A reward model has a linear `score` as well."""
 
     def __init__(self, size: Size, seed: int = 0) -> None:
         super().__init__()
         self.size = size
         self.model = nn.Module()
-        self.model.embed_tokens = nn.Embedding(VOCABULARY, size.width)
+        self.model.embed_tokens = nn.Embedding(size.vocabulary, size.width)
         self.model.layers = nn.ModuleList(Layer(size) for _ in range(size.layers))
         self.model.norm = nn.RMSNorm(size.width, eps=1e-6)
         d = size.width // size.heads
-        angles = torch.arange(MAX_POSITIONS)[:, None] * THETA ** (-torch.arange(0, d, 2) / d)
+        angles = torch.arange(size.positions)[:, None] * THETA ** (-torch.arange(0, d, 2) / d)
         self.register_buffer("cos", torch.cat([angles.cos()] * 2, -1), persistent=False)
         self.register_buffer("sin", torch.cat([angles.sin()] * 2, -1), persistent=False)
         g = torch.Generator().manual_seed(seed)

@@ -13,9 +13,17 @@ import torch
 from torch import Tensor
 
 from hasten.zoo import path, spec, tokenizer
-from hasten.zoo.model import MAX_POSITIONS, Llama, Size
+from hasten.zoo.model import Llama, Size
 
 BATCH = 512
+SHAPE = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)  # config.json's names of Size's fields
 
 
 def load(name: str, directory: str | Path | None = None) -> Llama:
@@ -24,7 +32,7 @@ def load(name: str, directory: str | Path | None = None) -> Llama:
 
     folder = Path(directory or path(name))
     c = json.loads((folder / "config.json").read_text())
-    model = Llama(Size(c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"], c["num_attention_heads"]))
+    model = Llama(Size(*(c[field] for field in SHAPE)))
     if spec(name).kind == "reward":
         model.score = torch.nn.Linear(model.size.width, 1)
     model.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items() if k != "lm_head.weight"})
@@ -46,7 +54,7 @@ def sample(
         for start in range(0, len(groups[length]), rows):
             part = groups[length][start : start + rows]
             ids = torch.tensor([prefixes[i] for i in part])
-            for n, tokens in enumerate(_group(model, ids, temperature, generator, copies, min(most, MAX_POSITIONS - length))):
+            for n, tokens in enumerate(_group(model, ids, temperature, generator, copies, min(most, model.size.positions - length))):
                 out[part[n // copies]].append(tokens)
     return out
 

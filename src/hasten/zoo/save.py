@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from hasten.zoo import tokenizer
-from hasten.zoo.model import MAX_POSITIONS, THETA, VOCABULARY, Llama
+from hasten.zoo.model import THETA, Llama
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def config(model: Llama, **more: object) -> object:
@@ -17,13 +21,13 @@ def config(model: Llama, **more: object) -> object:
 
     size = model.size
     return LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=model.model.embed_tokens.num_embeddings,
         hidden_size=size.width,
         intermediate_size=size.inner,
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
         num_key_value_heads=size.heads,
-        max_position_embeddings=MAX_POSITIONS,
+        max_position_embeddings=len(model.cos),
         rope_parameters={"rope_type": "default", "rope_theta": THETA},
         rms_norm_eps=1e-6,
         tie_word_embeddings=True,
@@ -34,8 +38,11 @@ def config(model: Llama, **more: object) -> object:
     )
 
 
-def policy(model: Llama, out: Path, record: dict) -> Path:
-    """Write a policy to `out` (config, float16 weights, tokenizer, generation config, training.json); returns it."""
+def policy(model: Llama, out: Path, record: dict, words: PreTrainedTokenizerFast | None = None) -> Path:
+    """Write a policy or a text model to `out` (config, float16 weights, tokenizer, generation config, training.json); returns it.
+
+    words: its tokenizer, by default that of the arithmetic task.
+    """
     from transformers import GenerationConfig, LlamaForCausalLM
 
     theirs = LlamaForCausalLM(config(model))
@@ -44,7 +51,7 @@ def policy(model: Llama, out: Path, record: dict) -> Path:
     theirs.tie_weights()
     generation = {"bos_token_id": tokenizer.BOS, "eos_token_id": tokenizer.EOS, "pad_token_id": tokenizer.PAD}
     theirs.generation_config = GenerationConfig(**generation, max_new_tokens=128)
-    return _write(theirs, out, record)
+    return _write(theirs, out, record, words or tokenizer.build())
 
 
 def reward(model: Llama, out: Path, record: dict) -> Path:
@@ -54,15 +61,15 @@ def reward(model: Llama, out: Path, record: dict) -> Path:
     theirs = LlamaForTokenClassification(config(model, num_labels=1))
     theirs.config.step_token_ids = [tokenizer.STEP_END]  # where the engine reads a step's reward
     theirs.load_state_dict(model.state_dict())
-    return _write(theirs, out, record)
+    return _write(theirs, out, record, tokenizer.build())
 
 
-def _write(theirs: torch.nn.Module, out: Path, record: dict) -> Path:
+def _write(theirs: torch.nn.Module, out: Path, record: dict, words: PreTrainedTokenizerFast) -> Path:
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.parent.mkdir(parents=True, exist_ok=True)
     theirs.to(torch.float16).save_pretrained(part)
-    tokenizer.build().save_pretrained(part)
+    words.save_pretrained(part)
     for file in part.iterdir():
         file.chmod(0o644)  # safetensors writes its file for the owner alone
     (part / "training.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Training of the zoo's policies, on one core in minutes: `train("arith-s")`.
+"""Training of the zoo's policies and text models, on one core in minutes: `train("arith-s")`.
 
 The data are endless and a pure function of (seed, step), so a run that was stopped and resumed ends in the same weights as one that
 was not. Muon at 0.004 and a curriculum that starts at K = 1 are what makes this task learnable in some million tokens: at 0.02 and with
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hasten.zoo import NAMES, Spec, arith, data, spec
+from hasten.zoo import NAMES, Spec, arith, data, path, python, spec
 from hasten.zoo.model import Llama, Size
 from hasten.zoo.muon import Muon
 
@@ -34,7 +34,7 @@ def cache(name: str) -> Path:
 
 
 def size(s: Spec) -> Size:
-    return Size(s.width, s.inner, s.layers, s.heads)
+    return Size(s.width, s.inner, s.layers, s.heads, s.vocabulary, s.positions)
 
 
 def scale(done: float, decay: float = 0.5) -> float:
@@ -77,13 +77,24 @@ def train(
         from hasten.zoo import prm
 
         return prm.train(name, out=out, seconds=seconds, resume=resume, progress=progress, steps=steps)
-    run = Run(name, s, steps or s.tokens // (ROWS * data.ROW))
+    run = Run(name, s, steps or s.tokens // per_step(s))
     if resume:
         run.load()
-    run.go(seconds, progress, lambda step: loss_of(run.model, batch(s, step, step / run.steps)))
     from hasten.zoo import save
 
-    return save.policy(run.model, Path(out) if out else cache(name) / "model", run.record())
+    where = Path(out) if out else cache(name) / "model"
+    if s.kind == "text":
+        words = python.tokenizer(path(s.start)) if s.start else python.build()
+        tokens = python.stream(words, python.files("train"))
+        run.go(seconds, progress, lambda step: python.loss_of(run.model, tokens, s.seed, step, step / run.steps))
+        return save.policy(run.model, where, run.record() | {"text": python.record()}, python.fast(words))
+    run.go(seconds, progress, lambda step: loss_of(run.model, batch(s, step, step / run.steps)))
+    return save.policy(run.model, where, run.record())
+
+
+def per_step(s: Spec) -> int:
+    """Tokens of one step of training."""
+    return python.BATCH if s.kind == "text" else ROWS * data.ROW
 
 
 def batch(s: Spec, step: int, done: float) -> data.Batch:
@@ -114,11 +125,13 @@ class Run:
         self.name, self.spec, self.steps, self.step = name, s, steps, 0
         self.seconds = self.cpu = 0.0
         self.model = Llama(size(s), s.seed)
+        if s.kind == "text":
+            python.shrink(self.model)
         if s.start:
             from hasten.zoo import sample
 
             grow(self.model, sample.load(s.start))
-        self.optimizer = Muon(self.model)
+        self.optimizer = Muon(self.model, lr=s.rate, adam_lr=s.adam)
         self.file = cache(name) / "checkpoint.pt"
 
     def go(self, seconds: float | None, progress: Progress | None, loss_at: Callable[[int], Tensor]) -> None:
@@ -145,7 +158,7 @@ class Run:
 
     def record(self) -> dict:
         """What the card says of the run."""
-        tokens = self.step * ROWS * data.ROW
+        tokens = self.step * per_step(self.spec)
         run = {"steps": self.step, "of": self.steps, "tokens": tokens, "seconds": self.seconds, "cpu": self.cpu}
         return {"name": self.name, "spec": asdict(self.spec)} | run
 
