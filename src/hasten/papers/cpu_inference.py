@@ -30,7 +30,7 @@ ON_48 = (181.57, 75.24, 48.42, 52.35, 24.77, 84.67, 58.82)  # … and table 4: o
 GPU_JOULES, CPU_JOULES = 1252.0, 613.0  # table 5, of 1,000 tokens of starcoderbase-3b (3.04 billion parameters)
 
 # SmolLM2-135M's shape, and one of 18 million parameters that the quick form has the time for.
-FULL_SHAPE = {
+FULL_SHAPE: dict[str, Any] = {
     "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
     "num_key_value_heads": 3, "max_position_embeddings": 2048, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
 }  # fmt: skip
@@ -40,8 +40,8 @@ QUICK_SHAPE = FULL_SHAPE | {
 
 # Requests, prompts and answers of the full form are the paper's: 992.36 processed and 167.58 generated tokens a second for 27 seconds make
 # 223 and 45 tokens a request. What is served one by one takes as long for each request, so a few of them are enough.
-FULL = {"repeats": 9, "requests": 100, "many": 500, "single": 4, "prompt": 223, "tokens": 45, "shape": FULL_SHAPE}
-QUICK = {"repeats": 6, "requests": 100, "many": 500, "single": 8, "prompt": 24, "tokens": 8, "shape": QUICK_SHAPE}
+FULL: dict[str, Any] = {"repeats": 9, "requests": 100, "many": 500, "single": 4, "prompt": 223, "tokens": 45, "shape": FULL_SHAPE}
+QUICK: dict[str, Any] = {"repeats": 6, "requests": 100, "many": 500, "single": 8, "prompt": 24, "tokens": 8, "shape": QUICK_SHAPE}
 
 STOCK_LOOP, ONE_ROW, ALL_ROWS, MANY = "stock loop", "one row", "batched", "many requests"
 HALF_ONE_ROW, HALF_ALL_ROWS, HALF_SHARE, WORKERS = "one row, one part", "batched, one part", "share, one part", "share, every part"

@@ -18,7 +18,7 @@ from hasten import __version__
 from hasten.artifact import write_text
 from hasten.measure.store import Store, saying_why
 from hasten.papers import PAPERS, paper
-from hasten.papers.paper import VERDICTS, Line, Paper, document
+from hasten.papers.paper import VERDICTS, Line, Paper, Settings, document
 from hasten.values import UserError
 
 QUICK_SECONDS = 150.0  # after which the quick form measures nothing more, so that it ends within 3 minutes
@@ -29,11 +29,12 @@ class Measuring:
     """A run of one paper (`paper.Run`). store: where lines are kept, None for nowhere. until: on time.monotonic's clock, None for no limit."""
 
     def __init__(
-        self, settings: dict[str, Any], stamp: str, store: Store | None = None, until: float | None = None,
+        self, settings: Settings, stamp: str, store: Store | None = None, until: float | None = None,
         log: Callable[[str], None] = lambda text: None,
     ) -> None:  # fmt: skip
-        self.settings, self._stamp, self._store, self._until, self._log = settings, stamp, store, until, log
-        self.lines: list[Line] = store.timed(stamp).copy() if store else []
+        self.settings: Settings = settings
+        self.lines: list[Line] = [*store.timed(stamp)] if store else []
+        self._stamp, self._store, self._until, self._log = stamp, store, until, log
 
     def once(self, what: str, repeat: int, make: Callable[[], Line]) -> bool:
         if any(line["what"] == what and line["repeat"] == repeat for line in self.lines):
