@@ -87,8 +87,8 @@ def shared(seed: int, start: int) -> verify.Uniform:
 
 
 def reused(seed: int, start: int) -> verify.Uniform:
-    """The number that tests a position does not depend on the round: one that has decided something is used again."""
-    return lambda purpose, i: rng.uniform(seed, start + i) if purpose == verify.ACCEPT else rng.uniform(seed, start, purpose, i)
+    """Numbers do not depend on the round but on the position alone: one that has decided something is used again."""
+    return lambda purpose, i: rng.uniform(seed, purpose, start + i)
 
 
 @pytest.mark.parametrize(("rule", "uniform"), [(resampled, None), (verify.rejection, shared), (verify.block, reused)])
