@@ -21,6 +21,7 @@ from hasten.lm.cache import Entry, RaggedCache, Shape
 from hasten.lm.constrain import Constraint, pruned
 from hasten.lm.decode import Decode
 from hasten.lm.decode.plain import Plain
+from hasten.lm.limits import Limits
 from hasten.lm.scheduler import Row, Scheduler, Work
 from hasten.usage import Usage
 from hasten.values import Event, Key, Request, Result, UserError
@@ -55,6 +56,8 @@ class TokenEngine:
             shape, budget=budget, max_len=min(max_len or self.facts.max_len, self.facts.max_len), max_rows=max_rows, retained=retained
         )
         self.scheduler = Scheduler(self.cache, max_rows=max_rows, step_tokens=step_tokens, share=share)
+        inputs = int(model.get_input_embeddings().weight.shape[0])
+        self.limits = Limits(self.cache.max_len, inputs, self.facts.vocabulary, self.facts.reward, tokenizer is not None)
         self.forward_seconds = 0.0
         self.steps = 0
         self.positions = 0  # computed by all steps; padding inside attention not counted
@@ -76,7 +79,7 @@ class TokenEngine:
         if request.sampling.max_tokens is None:
             room = max(0, min(DEFAULT_TOKENS, self.cache.max_len - len(tokens)))
             request = replace(request, sampling=replace(request.sampling, max_tokens=room))
-        self._check(request, tokens)
+        self.limits.check(request, tokens)
         for old in request.release:
             self._unpin(old)
         s, now = request.sampling, time.perf_counter()
@@ -107,28 +110,6 @@ class TokenEngine:
         if request.parent not in self._kept:
             raise UserError(f"parent {request.parent!r} is not a finished request that was kept")
         return self._kept[request.parent][1] + text.encode(self.tokenizer, request.prompt, special=False)
-
-    def _check(self, request: Request, tokens: Sequence[int]) -> None:
-        s, limit = request.sampling, self.cache.max_len
-        if not tokens:
-            raise UserError("the prompt is empty")
-        size = self.model.get_input_embeddings().weight.shape[0]
-        if not 0 <= min(tokens) <= max(tokens) < size:
-            raise UserError(
-                f"prompt: token id {min(tokens) if min(tokens) < 0 else max(tokens)} is outside the model's vocabulary of {size}"
-            )
-        if self.facts.reward and not request.score:
-            raise UserError("this is a reward model: it answers score requests only")
-        need = len(tokens) + (0 if request.score else s.max_tokens or 0)
-        if need > limit:
-            what = f"{len(tokens)} prompt tokens" + ("" if request.score else f" + max_tokens={s.max_tokens}")
-            raise UserError(f"request {request.id or ''}".rstrip() + f": {what} = {need} positions, but the cache holds {limit} a row")
-        if s.n > 1 and (request.keep or request.score):
-            raise UserError("n > 1 goes neither with keep nor with score")
-        if s.stop and self.tokenizer is None:
-            raise UserError("stop: stop strings need a tokenizer; give stop_token_ids")
-        if s.logit_bias and not all(0 <= int(t) < self.facts.vocabulary for t in s.logit_bias):
-            raise UserError("logit_bias: a token id is outside the model's vocabulary")
 
     # --- one step -------------------------------------------------------------------------------------------------------------------
 
