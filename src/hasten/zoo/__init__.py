@@ -41,7 +41,7 @@ class Spec:
 
 
 NAMES: dict[str, Spec] = {
-    "arith-xs": Spec("policy", width=64, inner=160, layers=3, heads=4, tokens=20_000_000, seed=1),
+    "arith-xs": Spec("policy", width=64, inner=160, layers=3, heads=4, tokens=13_000_000, seed=1),
     "arith-s": Spec("policy", width=96, inner=256, layers=3, heads=6, tokens=10_000_000, seed=2),
     "arith-m": Spec("policy", width=96, inner=256, layers=9, heads=6, tokens=3_400_000, seed=3, start="arith-s"),
     "arith-prm-s": Spec("reward", width=96, inner=256, layers=6, heads=6, tokens=0, seed=4, start="arith-s"),
