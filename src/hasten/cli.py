@@ -106,6 +106,7 @@ Concurrency = Annotated[int, typer.Option(min=1, help="Requests in flight at a t
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="auto, or torch's name of a type, for example bfloat16.")]
 Threads = Annotated[str, typer.Option(help="auto, or the number of processor threads of each model.")]
+Workers = Annotated[str | None, typer.Option(help="Answer in so many processes, each on cores of its own; auto: one a NUMA node.")]
 Template = Annotated[str, typer.Option(help="auto: prompts go through the tokenizer's chat template if it has one; off: as they are.")]
 
 app = typer.Typer(
@@ -196,6 +197,7 @@ def measure(
     device: Device = "auto",
     dtype: Dtype = "auto",
     threads: Threads = "auto",
+    workers: Workers = None,
     json_: Json = False,
 ) -> None:
     """Measure recipes on a task: quality with its interval, and what a request costs. Nothing is picked."""
@@ -205,7 +207,7 @@ def measure(
     with _keeping(lambda: _measured(out)), terminal.Progress() as progress, contextlib.redirect_stdout(sys.stderr):
         found = run(
             parsed, task=task, n=items, concurrency=concurrency, out=str(out), template=template, device=device, dtype=dtype,
-            threads=threads, progress=progress,
+            threads=threads, workers=workers, progress=progress,
         )  # fmt: skip
     terminal.print_json(found) if json_ else terminal.show_measurements("", found)
 

@@ -137,6 +137,12 @@ def prepare(model: Any) -> Any:
     return pack(model.eval().requires_grad_(False), spare_memory(model.device))
 
 
+def own(model: Any) -> None:
+    """Copy weights that are the checkpoint's file, mapped: the file's pages lie on the node that read it first, in whatever process."""
+    for p in model.parameters():
+        p.data = p.data.clone()
+
+
 def shared_copy(model: Any) -> Any:
     """A second module tree over the same weights, so that a transform can change one and leave the other alone."""
     twin = copy.copy(model)
@@ -198,11 +204,11 @@ def best_dtype(config: Any, device: str) -> torch.dtype:
     return torch.bfloat16 if stored == torch.bfloat16 and native else torch.float32
 
 
-def spare_memory(device: torch.device) -> int:
+def spare_memory(device: torch.device | str) -> int:
     """Bytes that are free now on a device."""
     import torch
 
-    if device.type == "cuda":
+    if torch.device(device).type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 

@@ -37,14 +37,17 @@ class Models:
     def __init__(self) -> None:
         self._loaded: dict[tuple[str, str, str], tuple[Any, Any]] = {}
 
-    def get(self, source: str, device: str, dtype: str) -> tuple[Any, Any]:
-        """(model, tokenizer) of a source."""
+    def get(self, source: str, device: str, dtype: str, own: bool = False) -> tuple[Any, Any]:
+        """(model, tokenizer) of a source. own: its weights in this process's own memory."""
         from hasten import hf
 
         path = hf.resolve(source)
         key = (source, device, hf.dtype_name(path, device, dtype))
         if key not in self._loaded:
             self._loaded[key] = (hf.load_model(path, device=device, dtype=dtype), hf.load_tokenizer(path))
+        model = self._loaded[key][0]
+        if own:
+            hf.derived(model, "own", lambda: hf.own(model))
         return self._loaded[key]
 
 
@@ -69,6 +72,15 @@ class Loaded:
         many = {i: Request(p, score=True, score_from=score_from, id=str(i)) for i, p in enumerate(prompts)}
         return list(run(self.engines["target"], many).values())
 
+    def close(self) -> None:
+        """End what runs beside this process, if there is anything (`workers`)."""
+
+    def __enter__(self) -> Loaded:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def forget(self) -> None:
         """Drop what finished requests left in the caches: the next request is served as if it were the first."""
         for engine in self.engines.values():
@@ -82,7 +94,7 @@ class Loaded:
     @property
     def startup(self) -> dict[str, float]:
         """Seconds that no later answer costs again: load (read and pack the models), and compile, which happens when a step is first met."""
-        step = getattr(self.engines["target"].model, "small_step", None)
+        step = getattr(getattr(self.engines["target"], "model", None), "small_step", None)
         return {"load": self.load_seconds, "compile": sum(getattr(step, "seconds", {}).values())}
 
     @property
@@ -101,23 +113,29 @@ def _is_one(prompts: Any) -> bool:
 
 def load(
     source: str | Recipe, *, device: str = "auto", dtype: str = "auto", template: str = "auto", models: Models | None = None,
-    max_rows: int = 128, threads: str | int = "auto", pin: bool = False, **engine_options: Any,
+    max_rows: int = 128, threads: str | int = "auto", pin: bool = False, workers: str | int | None = None, **engine_options: Any,
 ) -> Loaded:  # fmt: skip
     """Load a directory, hub id, `zoo:NAME`, recipe text or recipe.json.
 
     device: "auto", "cpu", "cuda". dtype: "auto" or a torch name. template: "auto" or "off" (see `Loaded.ask`). models: share loaded models
     between calls. threads: "auto" (see `cpu.choose`; each model of the recipe gets its own number) or a number for all. pin: keep this
-    process on the cores of one NUMA node from now on. max_rows and engine_options go to `TokenEngine`. UserError says in one sentence what
-    cannot be loaded or combined.
+    process on the cores of one NUMA node from now on. workers: answer in so many processes, each on cores of its own ("auto": one a NUMA
+    node; see `hasten.workers`). max_rows and engine_options go to `TokenEngine`. UserError says in one sentence what cannot be loaded or
+    combined.
     """
     if template not in ("auto", "off"):
         raise UserError(f"template={template!r}: must be 'auto' or 'off'")
     began, most = time.perf_counter(), cpu.choose(threads)
     recipe = source if isinstance(source, Recipe) else load_recipe(source)
+    if workers is not None:
+        from hasten.workers import spread
+
+        options = {"models": models, "dtype": dtype, "max_rows": max_rows, **engine_options}
+        return spread(recipe, workers, threads=threads, template=template, device=device, **options)
     if pin:
         cpu.pin(most)  # before the weights are read: memory belongs to the node that touches it first
     models, slots = models or Models(), _slots(recipe)
-    model, tokenizer = models.get(recipe.model, device, _dtype(recipe, device, dtype))
+    model, tokenizer = models.get(recipe.model, device, _dtype(recipe, device, dtype), own=pin)
     target = _target(model, tokenizer)
     options = {"max_rows": max_rows, **engine_options}
     engines = {"target": _engine(recipe, slots, target, threads, options)}
@@ -128,7 +146,7 @@ def load(
 
     use = slots["strategy"][0]
     for role, where in _roles(use).items():
-        other, words = models.get(where, device, dtype)
+        other, words = models.get(where, device, dtype, own=pin)
         engines[role] = TokenEngine(other, words, role=role, threads=_threads(threads, other), **options | _reuse(slots, target))
         target.tokenizers[role] = words
     return Loaded(recipe, Drive(engines, _build(use, target)), engines, tokenizer, template, time.perf_counter() - began)

@@ -30,7 +30,7 @@ def dump(value: Any) -> Any:
             return {key: dump(item) for key, item in value.items()}
         return {"@": "map", "items": [[dump(key), dump(item)] for key, item in value.items()]}
     if type(value).__name__ in _CLASSES:
-        kept = {name: item for name, default in _defaults(type(value)) if (item := getattr(value, name)) != default}
+        kept = {name: item for name, default in _defaults(type(value).__name__) if (item := getattr(value, name)) != default}
         return {"@": type(value).__name__, **{name: dump(item) for name, item in kept.items()}}
     raise TypeError(f"a {type(value).__name__}")
 
@@ -57,6 +57,6 @@ def read(document: Any) -> Any:
 
 
 @cache
-def _defaults(kind: type) -> list[tuple[str, Any]]:
-    """A class's fields with their defaults (MISSING, which equals nothing, where there is none)."""
-    return [(f.name, f.default if f.default_factory is MISSING else f.default_factory()) for f in fields(kind)]
+def _defaults(name: str) -> list[tuple[str, Any]]:
+    """The class's fields with their defaults (MISSING, which equals nothing, where there is none)."""
+    return [(f.name, f.default if f.default_factory is MISSING else f.default_factory()) for f in fields(_CLASSES[name])]

@@ -39,16 +39,16 @@ class Silent:
 def measure(
     recipes: Sequence[Recipe], *, task: str | Task | None = None, n: int = ITEMS, concurrency: int = 1, out: str = "hasten-out",
     template: str = "auto", device: str = "auto", dtype: str = "auto", split: str = "test", blocks: int = BLOCKS, threads: str | int = "auto",
-    progress: Progress | None = None,
+    workers: str | int | None = None, progress: Progress | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Measurements of recipes on the same items, in the order given; also appended to `out`/measurements.jsonl.
 
-    task: a built-in name or a JSONL file ("arith" if there is none). n: items for quality. blocks: of requests for cost. threads: see
+    task: a built-in name or a JSONL file ("arith" if there is none). n: items for quality. blocks: of requests for cost. threads, workers: see
     `hasten.load`. Where the task has no
     answers the first recipe is what the others are compared with. UserError if a recipe cannot run here.
     """
     progress = progress or Silent()
-    setting = make_setting(task, concurrency, out, template, device, dtype, threads)
+    setting = make_setting(task, concurrency, out, template, device, dtype, threads, workers)
     trials = [Trial(recipe, setting, split) for recipe in recipes]
     items = setting.task.items[split]
     time_blocks(trials, range(blocks), progress)
@@ -62,26 +62,27 @@ def measure(
 
 
 def make_setting(
-    task: str | Task | None, concurrency: int, out: str, template: str, device: str, dtype: str, threads: str | int = "auto"
-) -> Setting:
+    task: str | Task | None, concurrency: int, out: str, template: str, device: str, dtype: str, threads: str | int = "auto",
+    workers: str | int | None = None,
+) -> Setting:  # fmt: skip
     """What a run's trials share; the stamp in it names the machine and all settings that change a measurement."""
     from hasten.measure import machine
 
     if concurrency < 1:
         raise UserError(f"concurrency={concurrency}: must be at least 1")
     loaded = task if isinstance(task, Task) else load_task(task or "arith")
-    described = machine.describe(device, threads)
+    described = machine.describe(device, threads) | ({"workers": workers} if workers is not None else {})
     sampling = repr(sorted(asdict(loaded.sampling).items()))
     stamp = "|".join((machine.fingerprint(described), str(concurrency), template, device, dtype, str(threads), sampling))
-    return Setting(loaded, loader(template, device, dtype, threads), Store(out), described, concurrency, stamp)
+    return Setting(loaded, loader(template, device, dtype, threads, workers), Store(out), described, concurrency, stamp)
 
 
-def loader(template: str, device: str, dtype: str, threads: str | int = "auto") -> Load:
+def loader(template: str, device: str, dtype: str, threads: str | int = "auto", workers: str | int | None = None) -> Load:
     """A function that loads recipes; the models they share are read once."""
     from hasten.load import Models, load
 
-    models = Models()
-    return lambda recipe: load(recipe, device=device, dtype=dtype, template=template, models=models, threads=threads)
+    models = Models() if workers is None else None
+    return lambda recipe: load(recipe, device=device, dtype=dtype, template=template, models=models, threads=threads, workers=workers)
 
 
 def answer(trial: Trial, items: Sequence[Item], progress: Progress) -> None:

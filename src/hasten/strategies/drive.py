@@ -89,7 +89,7 @@ class Drive:
         """Start the strategy on a request, up to its first wait."""
         if key in self._jobs:
             raise ValueError(f"key {key!r} is in use")
-        _refuse(request)
+        refuse(request)
         job = _Job(key, time.perf_counter())
         job.runs += [_Run(job, self.strategy(single)) for single in _samples(request)]
         self._jobs[key] = job
@@ -128,6 +128,7 @@ class Drive:
             del self._jobs[run.job.key]
             self._events = [event for event in self._events if event.key != run.job.key]
             error.add_note(f"in the strategy that answers request {run.job.key!r}")
+            error.request = run.job.key  # type: ignore[attr-defined]  # for programs: whose it was
             self._close(run.job.runs)
             raise
 
@@ -224,7 +225,7 @@ class Drive:
             self._events.append(Event(job.key, result=replace(first, others=tuple(others))))
 
 
-def _refuse(request: Request) -> None:
+def refuse(request: Request) -> None:
     """A strategy answers whole requests: what addresses one model's cache or scores is refused by name."""
     for name in ("score", "parent", "keep", "release"):
         if getattr(request, name) not in (False, None, ()):
