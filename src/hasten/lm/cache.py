@@ -205,7 +205,7 @@ class RaggedCache:
         A new row (margin > 0) must leave those that run room to go on for a while, or rows would push each other out in turn.
         """
         longest = max([length, *(min(e.length + margin, self.max_len) for e in held)])
-        wanted = self.capacity if length <= self.capacity else _grown(self.capacity, length, self.max_len)
+        wanted = self.capacity if longest <= self.capacity else _grown(self.capacity, longest, self.max_len)
         capacity = min(wanted, self.budget // max(rows, 1))
         return capacity if capacity >= longest or (not held and capacity >= length) else None
 
