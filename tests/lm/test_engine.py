@@ -36,9 +36,9 @@ SETTINGS: dict[str, Any] = {
     "batch": {},
     "chunks": {"step_tokens": 7},
     "few rows": {"max_rows": 2},
-    "ngram": {"decode": lambda: Ngram(Options(k=3, shortest=1))},
+    "ngram": {"decode": lambda: Ngram(Options(k=3, shortest=1, schedule="constant"))},
     "ngram in chunks": {"decode": lambda: Ngram(Options(k=5, shortest=1)), "step_tokens": 11, "max_rows": 4},
-    "suffix": {"decode": lambda: Suffix(suffix.Options(k=5)), "max_rows": 4},
+    "suffix": {"decode": lambda: Suffix(suffix.Options(k=5, schedule="constant")), "max_rows": 4},
     "nothing shared": {"share": False, "retained": 0},
 }
 
@@ -96,7 +96,7 @@ def test_preempted_rows_resume_exactly(pairs: Any, family: str) -> None:
 def test_allowed_tokens_equal_masked_greedy(pairs: Any, family: str, k: int) -> None:
     model, ours = pairs(family)
     ids = set(range(10, 40))
-    engine = TokenEngine(ours, constraint=Allowed(ids), decode=Ngram(Options(k=k, shortest=1)))
+    engine = TokenEngine(ours, constraint=Allowed(ids), decode=Ngram(Options(k=k, shortest=1, schedule="constant")))
     for prompt, got in zip(prompts(5, 4), answers(engine, prompts(5, 4), max_tokens=9), strict=True):
         text = list(prompt)
         for _ in range(9):
@@ -111,7 +111,7 @@ def test_sampling_does_not_depend_on_the_batch(pairs: Any) -> None:
     s = {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "seed": 5}
     together = answers(TokenEngine(ours, step_tokens=13), asked, **s)
     alone = [answers(TokenEngine(ours), [p], **s)[0] for p in asked]
-    speculated = answers(TokenEngine(ours, decode=Ngram(Options(k=4, shortest=1))), asked, **s)
+    speculated = answers(TokenEngine(ours, decode=Ngram(Options(k=4, shortest=1, schedule="heuristic"))), asked, **s)
     assert together == alone == speculated
     assert answers(TokenEngine(ours), asked, **{**s, "seed": 6}) != together
 

@@ -71,11 +71,11 @@ def test_the_frequent_continuation_of_a_long_match_is_proposed() -> None:
 
 
 def row(tokens: list[int], prompt: int) -> Any:
-    return SimpleNamespace(tokens=tokens, prompt=prompt, decode_state=None)
+    return SimpleNamespace(tokens=tokens, prompt=prompt, decode_state=None, control=None)
 
 
 def test_finished_answers_are_remembered_up_to_the_memory_given() -> None:
-    decode = Suffix(Options(memory=8))
+    decode = Suffix(Options(memory=8, schedule="constant"))
     for answer in ([5, 6, 7, 8], [1, 2, 3, 4]):
         decode.finish(row([9, *answer], 1))
     assert decode.propose([row([0, 5, 6], 1)], [10]) == [[7, 8]]
@@ -87,7 +87,7 @@ def test_finished_answers_are_remembered_up_to_the_memory_given() -> None:
     assert decode.propose([row([0, 1, 2], 1)], [0]) == [[]]
 
 
-@pytest.mark.parametrize("wrong", [{"k": -1}, {"memory": -1}, {"depth": 1}, {"factor": 0}, {"least": 2}])
+@pytest.mark.parametrize("wrong", [{"k": -1}, {"memory": -1}, {"depth": 1}, {"factor": 0}, {"least": 2}, {"schedule": "fast"}])
 def test_bad_options_are_refused_by_name(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="suffix"):
         Options(**wrong)

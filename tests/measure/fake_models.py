@@ -54,6 +54,7 @@ class FakeLoaded:
     recipe: Recipe
     engine: FakeEngine
     threads: int = 1
+    startup: Mapping[str, float] = field(default_factory=dict)
 
     def ask(self, prompt: Prompt) -> Prompt:
         return prompt

@@ -89,7 +89,7 @@ class TracedPlan:
 
 
 class OpaqueLinear(nn.Module):
-    """Outputs first .. first + size of the packed product `index`, which has `outputs`; the compiler sees equal products and makes one."""
+    """Outputs first .. first + size of the packed product `index`, which has `outputs`; `merged` makes equal products one."""
 
     def __init__(self, index: int, outputs: int, first: int = 0, size: int | None = None) -> None:
         super().__init__()
@@ -98,6 +98,17 @@ class OpaqueLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = torch.ops.hasten.linear(x, self.index, self.outputs)
         return y if self.size == self.outputs else y[..., self.first : self.first + self.size]
+
+
+def merged(graph: torch.fx.Graph) -> None:
+    """Compute products of the same input once: queries, keys and values, say, which are joined."""
+    seen: dict[Any, torch.fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op == "call_function" and str(node.target).startswith("hasten.linear"):
+            first = seen.setdefault(node.args, node)
+            if first is not node:
+                node.replace_all_uses_with(first)
+                graph.erase_node(node)
 
 
 # --- the step -------------------------------------------------------------------------------------------------------------------------
@@ -191,7 +202,7 @@ class CompiledStep:
 
     def _tried(self, many: bool) -> Callable[..., torch.Tensor]:
         """Compiled, and compared with torch on a few tokens: a compiler that computes something else must not be believed."""
-        function = torch.compile(self._traced(many), backend=self.backend, fullgraph=True)
+        function = torch.compile(self._traced(many), backend=self._backend, fullgraph=True)
         count = MANY if many else 1
         ids = torch.arange(2 * count, device=self.model.device) * 31 % self.eager.get_input_embeddings().weight.shape[0]
         theirs = self._logits(ids, count, lambda *a: hf.torch_forward(self.eager, a[0], a[1], None, a[2]))
@@ -200,6 +211,11 @@ class CompiledStep:
         if not off <= TOLERANCE.get(mine.dtype, 0.3):
             raise RuntimeError(f"what was compiled computes something else (logits {off:.2g} standard deviations off)")
         return function
+
+    def _backend(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        merged(graph.graph)
+        graph.recompile()
+        return torch._dynamo.lookup_backend(self.backend)(graph, inputs)
 
     def _logits(self, ids: torch.Tensor, count: int, forward: Callable[..., torch.Tensor]) -> torch.Tensor:
         """Logits of `ids`, computed `count` at a time on a cache of their own."""

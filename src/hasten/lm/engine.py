@@ -64,6 +64,7 @@ class TokenEngine:
         self._groups: dict[Key, _Group] = {}
         self._kept: dict[Key, tuple[Entry, list[int]]] = {}
         self._news: list[Event] = []
+        self.decode.bind(self)
 
     @property
     def idle(self) -> bool:
@@ -211,14 +212,15 @@ class TokenEngine:
         return stop == len(row.tokens) and row.limit > 0
 
     def _choices(self, w: Work) -> list[sampler.Choice]:
-        row, s = w.row, w.row.request.sampling
+        return [self.choice(w.row, w.proposal[:i]) for i in range(len(w.proposal) + 1)]
+
+    def choice(self, row: Row, drafted: Sequence[int]) -> sampler.Choice:
+        """How a row's token after some proposed ones is to be chosen."""
+        s = row.request.sampling
         full = bool(s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty)
-        out = []
-        for i in range(len(w.proposal) + 1):
-            history = row.tokens + w.proposal[:i] if full else ()
-            banned = self._ends(row) if row.generated + i < s.min_tokens else ()
-            out.append(sampler.Choice(s, row.sample, len(row.tokens) + i, history, row.prompt, banned))
-        return out
+        history = [*row.tokens, *drafted] if full else ()
+        banned = self._ends(row) if row.generated + len(drafted) < s.min_tokens else ()
+        return sampler.Choice(s, row.sample, len(row.tokens) + len(drafted), history, row.prompt, banned)
 
     def _ends(self, row: Row) -> tuple[int, ...]:
         s = row.request.sampling
@@ -296,7 +298,7 @@ class TokenEngine:
         answer = generated[:-1] if generated and generated[-1] in self._ends(row) and row.finish == "stop" else generated
         words = "" if row.request.score else text.decode(self.tokenizer, answer)
         usage = Usage(
-            {self.role: row.cost()}, seconds=end - row.added, ttft=(row.first or end) - row.added, peak_bytes=row.peak,
+            {self.role: row.cost(), **self.decode.costs(row)}, seconds=end - row.added, ttft=(row.first or end) - row.added, peak_bytes=row.peak,
             tpot=(row.last - row.first) / (row.generated - 1) if row.generated > 1 else 0.0,
         )  # fmt: skip
         return Result(

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +22,9 @@ CORRUPT = re.compile(
 
 def folder() -> Path:
     """The cache: the user's (`TORCHINDUCTOR_CACHE_DIR`) if there is one, else ours, which torch is then told of."""
-    if not os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+    named = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""))
+    temporary = named.parent == Path(tempfile.gettempdir()) and named.name.startswith("torchinductor_")  # torch's own choice, which it sets
+    if named == Path() or temporary:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(ours())
     return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
 

@@ -45,7 +45,7 @@ class Chosen:
 
 def choose(raw: torch.Tensor, choices: Sequence[Choice], allowed: torch.Tensor | None = None) -> Chosen:
     """raw [positions, vocabulary]; allowed: bool, same shape, or None. One token for each position."""
-    logits = _processed(raw, choices, allowed)
+    logits = processed(raw, choices, allowed)
     drawn = [i for i, c in enumerate(choices) if c.sampling.temperature > 0]
     if not drawn:
         return Chosen(largest(logits).tolist(), logits, raw)
@@ -62,7 +62,8 @@ def largest(x: torch.Tensor) -> torch.Tensor:
     return x.argmax(-1)
 
 
-def _processed(raw: torch.Tensor, choices: Sequence[Choice], allowed: torch.Tensor | None) -> torch.Tensor:
+def processed(raw: torch.Tensor, choices: Sequence[Choice], allowed: torch.Tensor | None) -> torch.Tensor:
+    """Logits after constraint, bias, penalties and bans; temperature and truncation are not applied. `raw` stays as it is."""
     logits = raw if allowed is None else raw.masked_fill(~allowed, float("-inf"))
     for i, c in enumerate(choices):
         if c.banned or _adjusts(c.sampling):
@@ -93,10 +94,23 @@ def _adjust(row: torch.Tensor, c: Choice) -> None:
 
 def _draw(logits: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
     """One token a row from the truncated, tempered distribution."""
-    x = logits.double() / _column([c.sampling.temperature for c in choices], logits)
-    x = _truncated(x, [c.sampling for c in choices])
+    x = _tempered(logits, [c.sampling for c in choices])
     keys = [rng.key(c.sampling.seed, c.sample, c.position, TOKEN) for c in choices]
     return largest(x + rng.gumbel(keys, x.shape[-1], x.device))
+
+
+def _tempered(logits: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor:
+    return _truncated(logits.double() / _column([s.temperature for s in samplings], logits), samplings)
+
+
+def laws(logits: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor:
+    """Probabilities [N, vocabulary] in float64 that tokens are drawn with from processed logits; of greedy rows all on the likeliest."""
+    out = torch.zeros(logits.shape, dtype=torch.float64, device=logits.device)
+    out.scatter_(1, largest(logits)[:, None].to(logits.device), 1.0)
+    drawn = [i for i, s in enumerate(samplings) if s.temperature > 0]
+    if drawn:
+        out[drawn] = torch.softmax(_tempered(logits[drawn], [samplings[i] for i in drawn]), -1)
+    return out
 
 
 def _truncated(x: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor:

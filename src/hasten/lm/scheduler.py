@@ -33,6 +33,7 @@ class Row:
     entry: Entry | None = None
     constraint_state: Hashable = None
     decode_state: Any = None
+    control: float | None = None  # what the schedule of proposals knows of this row
     logprobs: list[TokenLogprob] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     read: int | None = None  # the next prompt position whose output is asked for (scores, prompt_logprobs); None: none is

@@ -80,10 +80,7 @@ class StaticPlan:
         keys, values = (store[:rows, : self.length].transpose(1, 2) for store in stores)
         q = q[0].transpose(0, 1).reshape(rows, kv, heads // kv, dim)
         mask = self._mask(window, q.dtype)
-        if cap:
-            out = capped(q, keys, values, mask, scale, cap)
-        else:
-            out = scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
+        out = capped(q, keys, values, mask, scale, cap) if cap else scaled_dot_product_attention(q, keys, values, mask, scale=scale)
         return out.reshape(1, rows, heads, dim)
 
     def _mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:

@@ -48,7 +48,9 @@ class Setting:
 
 @dataclass
 class Trial:
-    """One recipe and what is known of it. `refused` says why it cannot run here. reference: outcomes that unanswered items are compared with."""
+    """One recipe and what is known of it. `refused` says why it cannot run here. reference: outcomes that unanswered items are compared with.
+    startup: seconds spent before it could answer, in this process (see `Loaded.startup`).
+    """
 
     recipe: Recipe
     setting: Setting
@@ -57,6 +59,7 @@ class Trial:
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     times: list[dict[str, Any]] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
+    startup: dict[str, float] = field(default_factory=dict)
     _loaded: Loaded | None = None
 
     def __post_init__(self) -> None:
@@ -78,7 +81,13 @@ class Trial:
 
     def close(self) -> None:
         """Let go of the engines, with their caches (the weights are shared between trials)."""
+        self._started()
         self._loaded = None
+
+    def _started(self) -> dict[str, float]:
+        for what, seconds in self._loaded.startup.items() if self._loaded else ():
+            self.startup[what] = max(seconds, self.startup.get(what, 0.0))
+        return self.startup
 
     def answer(self, items: Sequence[Item], done: Callable[[int], None] = lambda n: None) -> None:
         """Answer the items that are not answered yet; each is kept as soon as it is there."""
@@ -100,7 +109,7 @@ class Trial:
         if self._loaded is None:
             warm = [self._request(item) for item in items[: self.setting.concurrency]]
             list(closed_loop(self.loaded.engine, warm, self.setting.concurrency))
-            self._loaded = self.setting.load(self.recipe)  # a fresh cache: the next requests are first visitors
+            self.close()  # a fresh cache: the next requests are first visitors
         workers = getattr(self.loaded.engine, "processor_seconds", lambda: 0.0)
         with EnergyMeter() as energy, Watch(children=workers) as watch:
             requests = [self._request(item) for item in items]
@@ -132,6 +141,7 @@ class Trial:
             "split": self.split,
             "quality": quality.summary(task.quality, self.outcomes, reference, self.kl),
             "cost": costs(settled(self.times)),
+            "startup": dict(self._started()),
             "concurrency": self.setting.concurrency,
             "machine": machine,
             "contended": any(line["contended"] for line in self.times),

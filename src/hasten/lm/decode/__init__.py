@@ -1,29 +1,45 @@
 """The decode seam: how the next piece is found. Propose several tokens, one forward pass, commit a part.
 
-A decode technique is an object with three methods; one file each. Proposals of all rows of a step go through the same forward pass, the
-constraint prunes them before it, and every row keeps as much as it accepts.
+A decode technique is one file with one class. Proposals of all rows of a step go through the same forward pass, the constraint prunes them
+before it, and every row keeps as much as it accepts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
     from hasten.lm.scheduler import Row
+    from hasten.usage import Cost
 
 
-class Decode(Protocol):
-    """propose: tokens to try after each row's own, at most room[i] of them (empty: none). Called with all rows that decode in this step.
+class Decode:
+    """What the engine asks of a technique; the defaults are those of one that proposes nothing."""
 
-    accept: what to commit of one row, given its proposal, the target's own choice at each position (one more than the proposal), and the
-    processed logits [len(proposal) + 1, vocabulary] those choices were made from. finish: a row has ended, was cut short or cancelled.
-    """
+    def bind(self, engine: Any) -> None:
+        """Called once, by the engine that will use it."""
 
-    def propose(self, rows: Sequence[Row], room: Sequence[int]) -> list[list[int]]: ...
+    def propose(self, rows: Sequence[Row], room: Sequence[int]) -> list[list[int]]:
+        """Tokens to try after each row's own, at most room[i] of them (empty: none). Called with all rows that decode in this step."""
+        return [[] for _ in rows]
 
-    def accept(self, row: Row, proposal: Sequence[int], chosen: Sequence[int], logits: torch.Tensor) -> list[int]: ...
+    def accept(self, row: Row, proposal: Sequence[int], chosen: Sequence[int], logits: torch.Tensor) -> list[int]:
+        """What to commit of one row, given its proposal, the target's own choice at each position (one more than the proposal), and the
+        processed logits [len(proposal) + 1, vocabulary] those choices were made from.
+        """
+        from hasten.lm.decode.verify import coupled
 
-    def finish(self, row: Row) -> None: ...
+        return coupled(proposal, chosen)
+
+    def timed(self, positions: int, proposing: float, rest: float) -> None:
+        """Seconds of a step in which every row decoded: spent on proposing, and on everything else, for so many positions."""
+
+    def finish(self, row: Row) -> None:
+        """A row has ended, was cut short or cancelled."""
+
+    def costs(self, row: Row) -> Mapping[str, Cost]:
+        """What other models did for a row, by role."""
+        return {}

@@ -10,26 +10,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hasten.lm.decode.verify import coupled
+from hasten.lm.decode.control import Speculation, check
 from hasten.values import UserError
 
 if TYPE_CHECKING:
-    import torch
-
     from hasten.lm.scheduler import Row
 
 
 @dataclass(frozen=True)
 class Options:
-    """k: tokens proposed at most. longest, shortest: lengths of the suffix that is looked up, tried from the longest down."""
+    """k: tokens proposed at most. longest, shortest: lengths of the suffix that is looked up, tried from the longest down.
 
-    k: int = 4
+    schedule: how many of k are proposed, goodput (as many as pay, none included), constant or heuristic.
+    """
+
+    k: int = 8
     longest: int = 4
     shortest: int = 2
+    schedule: str = "goodput"
 
     def __post_init__(self) -> None:
-        if self.k < 0:
-            raise UserError(f"ngram: k={self.k} must not be negative")
+        check("ngram", self.k, self.schedule)
         if not 1 <= self.shortest <= self.longest:
             raise UserError(f"ngram: needs 1 <= shortest <= longest, not shortest={self.shortest}, longest={self.longest}")
 
@@ -56,14 +57,15 @@ class Index:
         return []
 
 
-class Ngram:
+class Ngram(Speculation):
     """Proposals by prompt lookup."""
 
     def __init__(self, options: Options) -> None:
+        super().__init__(options.k, options.schedule)
         self.options = options
 
-    def propose(self, rows: Sequence[Row], room: Sequence[int]) -> list[list[int]]:
-        return [self._one(row, min(self.options.k, most)) for row, most in zip(rows, room, strict=True)]
+    def draft(self, rows: Sequence[Row], lengths: Sequence[int]) -> list[list[int]]:
+        return [self._one(row, k) for row, k in zip(rows, lengths, strict=True)]
 
     def _one(self, row: Row, k: int) -> list[int]:
         if k <= 0:
@@ -71,12 +73,6 @@ class Ngram:
         if row.decode_state is None:
             row.decode_state = Index(self.options.longest, self.options.shortest)
         return row.decode_state.look_up(row.tokens, k)
-
-    def accept(self, row: Row, proposal: Sequence[int], chosen: Sequence[int], logits: torch.Tensor) -> list[int]:
-        return coupled(proposal, chosen)
-
-    def finish(self, row: Row) -> None:
-        pass
 
 
 def build(options: Options, target: Any = None) -> Ngram:

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hasten.lm.decode.verify import coupled
-
-if TYPE_CHECKING:
-    import torch
-
-    from hasten.lm.scheduler import Row
+from hasten.lm.decode import Decode
 
 
 @dataclass(frozen=True)
@@ -19,17 +13,8 @@ class Options:
     """Nothing to set."""
 
 
-class Plain:
+class Plain(Decode):
     """Proposes nothing."""
-
-    def propose(self, rows: Sequence[Row], room: Sequence[int]) -> list[list[int]]:
-        return [[] for _ in rows]
-
-    def accept(self, row: Row, proposal: Sequence[int], chosen: Sequence[int], logits: torch.Tensor) -> list[int]:
-        return coupled(proposal, chosen)
-
-    def finish(self, row: Row) -> None:
-        pass
 
 
 def build(options: Options, target: Any = None) -> Plain:

@@ -14,12 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hasten.lm.decode.verify import coupled
+from hasten.lm.decode.control import Speculation, check
 from hasten.values import UserError
 
 if TYPE_CHECKING:
-    import torch
-
     from hasten.lm.scheduler import Row
 
 
@@ -28,6 +26,7 @@ class Options:
     """k: tokens proposed at most. depth: longest substring that is counted. factor: tokens proposed for each token matched, at most.
 
     least: probability, by counts, below which a continuation is not followed. memory: tokens of finished answers that are kept (0: none).
+    schedule: how many of k are proposed, goodput (as many as pay, none included), constant or heuristic.
     """
 
     k: int = 16
@@ -35,10 +34,12 @@ class Options:
     factor: float = 2.0
     least: float = 0.1
     memory: int = 100_000
+    schedule: str = "goodput"
 
     def __post_init__(self) -> None:
-        if self.k < 0 or self.memory < 0:
-            raise UserError(f"suffix: k={self.k} and memory={self.memory} must not be negative")
+        check("suffix", self.k, self.schedule)
+        if self.memory < 0:
+            raise UserError(f"suffix: memory={self.memory} must not be negative")
         if self.depth < 2 or self.factor <= 0 or not 0 <= self.least <= 1:
             raise UserError(f"suffix: needs depth >= 2, factor > 0 and 0 <= least <= 1, not {self.depth}, {self.factor:g}, {self.least:g}")
 
@@ -133,17 +134,18 @@ class State:
         self.seen = 0
 
 
-class Suffix:
+class Suffix(Speculation):
     """Proposals from the request's own past and from answers given before."""
 
     def __init__(self, options: Options) -> None:
+        super().__init__(options.k, options.schedule)
         self.options = options
         self.shared = Tree(options.depth)
         self.kept: deque[tuple[int, ...]] = deque()
         self.held = 0
 
-    def propose(self, rows: Sequence[Row], room: Sequence[int]) -> list[list[int]]:
-        return [self._one(row, min(self.options.k, most)) for row, most in zip(rows, room, strict=True)]
+    def draft(self, rows: Sequence[Row], lengths: Sequence[int]) -> list[list[int]]:
+        return [self._one(row, k) for row, k in zip(rows, lengths, strict=True)]
 
     def _one(self, row: Row, k: int) -> list[int]:
         o = self.options
@@ -163,9 +165,6 @@ class Suffix:
         for token in tokens[-self.options.depth :]:
             at = self.shared.follow(at, token)
         return at
-
-    def accept(self, row: Row, proposal: Sequence[int], chosen: Sequence[int], logits: torch.Tensor) -> list[int]:
-        return coupled(proposal, chosen)
 
     def finish(self, row: Row) -> None:
         """Remember a finished answer."""

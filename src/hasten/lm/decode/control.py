@@ -1,0 +1,198 @@
+"""How many tokens to propose: the length that brings the most tokens a second, by what was measured, none included.
+
+Goodput (Liu et al. 2024, SmartSpec/TurboSpec, arXiv:2406.14066): expected tokens of a step over its expected seconds. Tokens come from how
+often a proposal's i-th token was kept when those before it were; seconds from how long steps of so many positions took and what proposing
+costs. Proposed tokens are taken by falling probability of being kept, over all rows, for as long as goodput rises: a row that agrees with its
+draft gets more than one that does not, and in a large batch all get none. While none is best, a short proposal is tried now and then, ever
+more rarely while it loses, so that speculation comes back when it pays. Only speed depends on the clock; with `coupled` verification the
+output does not.
+
+For comparison: `constant`, and transformers' `heuristic` (two more after a proposal kept whole, else one less).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from statistics import median
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from hasten.lm.decode import Decode
+from hasten.lm.decode.verify import coupled
+from hasten.values import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+
+    from hasten.lm.scheduler import Row
+
+SCHEDULES = ("goodput", "constant", "heuristic")
+MARGIN = 1.02  # goodput of a proposal over that of none before it is worth it
+FIRST_PAUSE, LAST_PAUSE = 8, 512  # steps between trials while none is best
+
+
+class Schedule(Protocol):
+    """lengths: tokens each row may propose now. kept: so many of a row's proposed tokens were committed. timed: see `Decode`."""
+
+    def lengths(self, rows: Sequence[Row], room: Sequence[int]) -> list[int]: ...
+
+    def kept(self, row: Row, proposed: int, kept: int) -> None: ...
+
+    def timed(self, positions: int, proposing: float, rest: float) -> None: ...
+
+
+class Constant:
+    """Always k."""
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+
+    def lengths(self, rows: Sequence[Row], room: Sequence[int]) -> list[int]:
+        return [max(0, min(self.k, most)) for most in room]
+
+    def kept(self, row: Row, proposed: int, kept: int) -> None:
+        pass
+
+    def timed(self, positions: int, proposing: float, rest: float) -> None:
+        pass
+
+
+class Heuristic(Constant):
+    """Starts at k; each row has two more after a proposal that was kept whole, else one less, at least one."""
+
+    def lengths(self, rows: Sequence[Row], room: Sequence[int]) -> list[int]:
+        return [max(0, min(row.control or self.k, most)) for row, most in zip(rows, room, strict=True)]
+
+    def kept(self, row: Row, proposed: int, kept: int) -> None:
+        if proposed:
+            now = row.control or self.k
+            row.control = now + 2 if kept == proposed else max(1, now - 1)
+
+
+class Goodput:
+    """k at most. drafting: whether each proposed token costs a pass of a draft model (else proposing is a look-up, paid for anyway)."""
+
+    def __init__(self, k: int, drafting: bool) -> None:
+        self.k, self.drafting = k, drafting
+        self.steps = Curve()
+        self.draft = Recent()  # seconds of one drafted position of all rows
+        self.rates = np.full(max(k, 1), 0.7)  # of keeping the i-th token when those before it were kept
+        self.pause, self.waited = FIRST_PAUSE, 0
+        self._asked = 0  # longest proposal of this step
+
+    def lengths(self, rows: Sequence[Row], room: Sequence[int]) -> list[int]:
+        most = [max(0, min(self.k, n)) for n in room]
+        found = self._best(rows, most)
+        if any(found):
+            self.waited, self.pause = 0, FIRST_PAUSE
+        elif any(most) and len(rows) in self.steps.known:
+            self.waited += 1
+            if self.waited >= self.pause:
+                found = [min(2, n) for n in most]
+        self._asked = max(found, default=0)
+        return found
+
+    def _best(self, rows: Sequence[Row], most: Sequence[int]) -> list[int]:
+        """Lengths of the greatest goodput."""
+        longest = max(most, default=0)
+        if not longest or len(rows) not in self.steps.known:  # a plain step first: nothing can be compared without it
+            return [0] * len(rows)
+        own = np.array([self.rates.mean() if row.control is None else row.control for row in rows])
+        alive = np.cumprod(0.5 * (own[:, None] + self.rates[None, :longest]), 1)
+        alive[np.arange(longest)[None] >= np.array(most)[:, None]] = 0
+        order = np.argsort(-alive, axis=None, kind="stable")
+        order = order[: int((alive > 0).sum())]
+        tokens = len(rows) + np.concatenate([[0.0], alive.ravel()[order].cumsum()])
+        depth = np.concatenate([[0], np.maximum.accumulate(order % longest) + 1])
+        seconds = self.steps.at(len(rows) + np.arange(len(tokens))) + depth * (self.draft.value if self.drafting else 0.0)
+        worth = tokens / seconds
+        best = int(worth.argmax())
+        if worth[best] < MARGIN * worth[0]:
+            return [0] * len(rows)
+        return np.bincount(order[:best] // longest, minlength=len(rows)).tolist()
+
+    def kept(self, row: Row, proposed: int, kept: int) -> None:
+        if proposed and self.waited >= self.pause:  # the trial has taken place
+            self.waited, self.pause = 0, min(2 * self.pause, LAST_PAUSE)
+        for i in range(min(proposed, kept + 1, self.k)):
+            good = float(i < kept)
+            self.rates[i] += 0.05 * (good - self.rates[i])
+            row.control = float(self.rates[i]) if row.control is None else row.control + 0.15 * (good - row.control)
+
+    def timed(self, positions: int, proposing: float, rest: float) -> None:
+        self.steps.add(positions, rest)
+        if self.drafting and self._asked:
+            self.draft.add(proposing / self._asked)
+
+
+class Recent:
+    """The median of the last measurements."""
+
+    def __init__(self) -> None:
+        self.last: deque[float] = deque(maxlen=7)
+        self.value = 0.0
+
+    def add(self, seconds: float) -> None:
+        self.last.append(seconds)
+        self.value = median(self.last)
+
+
+class Curve:
+    """Seconds of a step by its positions: measured ones, straight lines between them, and beyond them a slope of a twentieth a position."""
+
+    SLOPE = 0.05
+
+    def __init__(self) -> None:
+        self.known: dict[int, Recent] = {}
+
+    def add(self, positions: int, seconds: float) -> None:
+        self.known.setdefault(positions, Recent()).add(seconds)
+
+    def at(self, positions: np.ndarray) -> np.ndarray:
+        """[N] -> seconds [N]; ones where nothing is known. Never falls with more positions."""
+        if not self.known:
+            return np.ones(len(positions))
+        xs = sorted(self.known)
+        ys = np.maximum.accumulate([self.known[x].value for x in xs])
+        out = np.interp(positions, xs, ys)
+        slope = (ys[-1] - ys[0]) / (xs[-1] - xs[0]) if len(xs) > 1 else self.SLOPE * ys[0]
+        return out + np.maximum(positions - xs[-1], 0) * slope
+
+
+class Speculation(Decode):
+    """A technique that proposes: subclasses say what (`draft`); how much is the schedule's choice, and the verifier is `coupled`."""
+
+    drafting = False
+
+    def __init__(self, k: int, schedule: str) -> None:
+        self.schedule: Schedule = (
+            Goodput(k, self.drafting) if schedule == "goodput" else Heuristic(k) if schedule == "heuristic" else Constant(k)
+        )
+
+    def draft(self, rows: Sequence[Row], lengths: Sequence[int]) -> list[list[int]]:
+        """At most lengths[i] tokens to try after each row's own."""
+        raise NotImplementedError
+
+    def propose(self, rows: Sequence[Row], room: Sequence[int]) -> list[list[int]]:
+        return self.draft(rows, self.schedule.lengths(rows, room))
+
+    def accept(self, row: Row, proposal: Sequence[int], chosen: Sequence[int], logits: torch.Tensor) -> list[int]:
+        committed = self.verify(row, proposal, chosen, logits)
+        self.schedule.kept(row, len(proposal), len(committed) - 1)
+        return committed
+
+    def verify(self, row: Row, proposal: Sequence[int], chosen: Sequence[int], logits: torch.Tensor) -> list[int]:
+        return coupled(proposal, chosen)
+
+    def timed(self, positions: int, proposing: float, rest: float) -> None:
+        self.schedule.timed(positions, proposing, rest)
+
+
+def check(name: str, k: int, schedule: str) -> None:
+    """UserError for options that no schedule takes."""
+    if k < 0:
+        raise UserError(f"{name}: k={k} must not be negative")
+    if schedule not in SCHEDULES:
+        raise UserError(f"{name}: schedule={schedule!r}: no such schedule{did_you_mean(schedule, SCHEDULES)}")
