@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class Target:
-    """What techniques are built for and applied to: the model of the recipe, and the tokenizers by role."""
+    """What techniques are built for and applied to: the model of the recipe; further models that decoding needs and all tokenizers by role."""
 
     model: Any
     tokenizer: Any
     vocabulary: int
     end_ids: tuple[int, ...]
     tokenizers: dict[str, Any] = field(default_factory=dict)
+    models: dict[str, Any] = field(default_factory=dict)
 
 
 class Models:
@@ -137,6 +138,9 @@ def load(
     models, slots = models or Models(), _slots(recipe)
     model, tokenizer = models.get(recipe.model, device, _dtype(recipe, device, dtype), own=pin)
     target = _target(model, tokenizer)
+    for use in slots.get("decode", ()):
+        for role, where in _roles(use).items():
+            target.models[role], target.tokenizers[role] = models.get(where, device, dtype, own=pin)
     options = {"max_rows": max_rows, **engine_options}
     engines = {"target": _engine(recipe, slots, target, threads, options)}
     if "strategy" not in slots:
