@@ -171,6 +171,11 @@ def test_closing_ends_the_processes_whatever_they_do() -> None:
     began = time.monotonic()
     workers.close()
     workers.close()
+    with pytest.raises(UserError, match="the workers were closed: requests a, b are lost"):
+        workers.step()
+    assert workers.idle
+    with pytest.raises(UserError, match="no worker is left: they were closed"):
+        workers.add("c", ask())
     assert not any(map(alive, ids))
     assert time.monotonic() - began < 4
 

@@ -71,7 +71,7 @@ class Replica:
         return f"worker {self.index} {how}" + (f" ({why})" if why else "")
 
 
-def _stop(replicas: Sequence[Replica]) -> None:
+def _stop(replicas: list[Replica]) -> None:
     """End processes and wait for them: none is left, not even as a zombie."""
     for replica in replicas:
         with contextlib.suppress(OSError):
@@ -83,6 +83,7 @@ def _stop(replicas: Sequence[Replica]) -> None:
             replica.process.kill()
             replica.process.wait()
         replica.process.stdout.close()
+    replicas.clear()
 
 
 @dataclass(eq=False, slots=True)
@@ -177,7 +178,7 @@ class Workers:
         if (role, key) in self._running:
             raise ValueError(f"key {key!r} is in use")
         if not self._replicas:
-            raise UserError(f"no worker is left: {'; '.join(self._ended)}")
+            raise UserError(f"no worker is left: {'; '.join(self._ended) or 'they were closed'}")
         kept = self._check(request, role)
         replica = kept.replica if kept else min(self._replicas, key=lambda r: (r.load, r.index))
         serial = next(self._serial)
@@ -196,7 +197,10 @@ class Workers:
 
     def step(self, role: str = "") -> list[Event]:
         """What the replicas have sent; waits a moment where nothing has come. They work on meanwhile."""
-        self._listen(POLL if self._running and not self._errors and not self._news.get(role) else 0)
+        if self._replicas:
+            self._listen(POLL if self._running and not self._errors and not self._news.get(role) else 0)
+        elif self._asked:
+            self._give_up("the workers were closed", list(self._asked))
         if self._errors:
             raise UserError(self._errors.popleft())
         return self._news.pop(role, [])
@@ -279,10 +283,12 @@ class Workers:
         how = replica.end()
         self._ended.append(how)
         self._kept = {name: kept for name, kept in self._kept.items() if kept.replica is not replica}
-        lost = [self._done(serial) for serial, asked in list(self._asked.items()) if asked.replica is replica]
-        if lost:
+        self._give_up(how, [serial for serial, asked in self._asked.items() if asked.replica is replica])
+
+    def _give_up(self, why: str, serials: Sequence[int]) -> None:
+        if lost := [self._done(serial) for serial in serials]:
             names = ", ".join(str(asked.request.id or asked.key) for asked in lost[:5]) + (", …" if len(lost) > 5 else "")
-            self._errors.append(f"{how}: request{'s' if len(lost) > 1 else ''} {names} {'are' if len(lost) > 1 else 'is'} lost")
+            self._errors.append(f"{why}: request{'s' if len(lost) > 1 else ''} {names} {'are' if len(lost) > 1 else 'is'} lost")
 
 
 class Role:
