@@ -10,6 +10,8 @@ The tokenizer is byte-level BPE (Sennrich et al. 2016, 1508.07909; the bytes as 
 Learning rates were chosen by short runs of python-s, 0.8 million tokens each; held-out nats a token:
 
     Muon 0.01, AdamW 0.003   3.82        Muon 0.02, AdamW 0.003   3.77        Muon 0.02, AdamW 0.008   3.65
+
+python-m, grown from python-s (2.94), has after its first 0.08 million tokens 2.58 in training with Muon 0.01 and 2.62 with 0.02.
 """
 
 from __future__ import annotations
