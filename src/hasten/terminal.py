@@ -162,8 +162,8 @@ def show_paper(document: Mapping[str, Any]) -> None:
 
 
 def figure(number: float | None) -> str:
-    """Three or four digits; `-` for none."""
-    return "-" if number is None else f"{number:.4g}" if abs(number) >= 100 else f"{number:.3g}"
+    """Four digits; `-` for none."""
+    return "-" if number is None else f"{number:.4g}"
 
 
 def span(interval: Sequence[float | None]) -> str:

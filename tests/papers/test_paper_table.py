@@ -44,7 +44,7 @@ def test_a_row_a_claim_failures_included(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "argv", ["table"])
     table.main()
     link = "[`cpu-inference`](results/cpu-inference/chip.json)"
-    rows = [f"| {link} | It is faster | 3 x | 1.23 x | 1.1 to 1.3 | fails |", f"| {link} | It is faster |  |  |  | not testable here |"]
+    rows = [f"| {link} | It is faster | 3 x | 1.234 x | 1.1 to 1.3 | fails |", f"| {link} | It is faster |  |  |  | not testable here |"]
     assert Path("README.md").read_text() == "\n".join(["before", table.BEGIN, *table.HEAD, *rows, table.END, "after\n"])
 
 
