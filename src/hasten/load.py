@@ -114,20 +114,22 @@ def _is_one(prompts: Any) -> bool:
 
 def load(
     source: str | Recipe, *, device: str = "auto", dtype: str = "auto", template: str = "auto", models: Models | None = None,
-    max_rows: int = 128, threads: str | int = "auto", pin: bool = False, workers: str | int | None = None, **engine_options: Any,
+    max_rows: int = 128, threads: str | int = "auto", pin: bool = False, workers: str | int | None = None,
+    speculative_config: Mapping[str, Any] | None = None, **engine_options: Any,
 ) -> Loaded:  # fmt: skip
     """Load a directory, hub id, `zoo:NAME`, recipe text or recipe.json.
 
     device: "auto", "cpu", "cuda". dtype: "auto" or a torch name. template: "auto" or "off" (see `Loaded.ask`). models: share loaded models
     between calls. threads: "auto" (see `cpu.choose`; each model of the recipe gets its own number) or a number for all. pin: keep this
     process on the cores of one NUMA node from now on. workers: answer in so many processes, each on cores of its own ("auto": one a NUMA
-    node; see `hasten.workers`). max_rows and engine_options go to `TokenEngine`. UserError says in one sentence what cannot be loaded or
-    combined.
+    node; see `hasten.workers`). speculative_config: vLLM's, a decode technique under other names; transformers' keywords
+    (assistant_model, prompt_lookup_num_tokens, ...) are taken too. max_rows and engine_options go to `TokenEngine`. UserError says in one
+    sentence what cannot be loaded or combined.
     """
     if template not in ("auto", "off"):
         raise UserError(f"template={template!r}: must be 'auto' or 'off'")
     began, most = time.perf_counter(), cpu.choose(threads)
-    recipe = source if isinstance(source, Recipe) else load_recipe(source)
+    recipe = _speculating(source if isinstance(source, Recipe) else load_recipe(source), speculative_config, engine_options)
     if workers is not None:
         from hasten.workers import spread
 
@@ -154,6 +156,19 @@ def load(
         engines[role] = TokenEngine(other, words, role=role, threads=_threads(threads, other), **options | _reuse(slots, target))
         target.tokenizers[role] = words
     return Loaded(recipe, Drive(engines, _build(use, target)), engines, tokenizer, template, time.perf_counter() - began)
+
+
+def _speculating(recipe: Recipe, config: Mapping[str, Any] | None, options: dict[str, Any]) -> Recipe:
+    """The recipe with the speculation that is asked for under vLLM's or transformers' names; these are taken out of `options`."""
+    from hasten.lm.decode import names
+
+    keywords = {name: options.pop(name) for name in [*options] if name in names.KEYWORDS}
+    if config is not None and keywords:
+        raise UserError(f"speculative_config and {', '.join(keywords)} both name a way to speculate: give one")
+    if config is None and not keywords:
+        return recipe
+    use = names.from_transformers(keywords) if config is None else names.from_vllm(config)
+    return techniques.checked(Recipe(recipe.model, (*recipe.uses, use)))
 
 
 def _engine(recipe: Recipe, slots: dict[str, list[Use]], target: Target, threads: str | int, options: dict[str, Any]) -> TokenEngine:
