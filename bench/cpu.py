@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -56,9 +57,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     with kept(args.folder) as folder:
         roofs = ceilings(model_in(folder), args)
-        rivals = started(folder, args)
+        watches: list[bool] = []
+        rivals = started(folder, args, watches)
         try:
-            document = measured(rivals, roofs, args)
+            document = measured(rivals, roofs, args, watches)
         finally:
             for rival in rivals.values():
                 rival.close()
@@ -114,18 +116,19 @@ def ceilings(model: Any, args: argparse.Namespace) -> dict[tuple[float, int], Ro
 # --- rivals -----------------------------------------------------------------------------------------------------------------------
 
 
-def started(folder: Path, args: argparse.Namespace) -> dict[str, Process]:
+def started(folder: Path, args: argparse.Namespace, watches: list[bool]) -> dict[str, Process]:
     """Rivals that are there and compute the right thing, started one after the other; the reference is always among them."""
     rivals: dict[str, Process] = {}
     pythons = {"llama_peer.py": args.llama_python, "openvino_peer.py": args.openvino_python}
     for name in dict.fromkeys([REFERENCE, *args.rivals]):
         script, kind, converts = RIVALS[name]
         try:
-            rival = Process(pythons.get(script, sys.executable), script, kind, folder, args.threads, converts)
+            with Watch(children=lambda: used(rivals)) as watch:
+                rivals[name] = rival = Process(pythons.get(script, sys.executable), script, kind, folder, args.threads, converts)
         except Absent as why:
             say(f"{name}: left out ({why})")
             continue
-        rivals[name] = rival
+        watches.append(watch.contended)
         off, same = agreement(rival, rivals[REFERENCE])
         rival.facts |= {"logits_off": off, "same_choice": same}
         wrong = off > TOLERANCE[share(rival)]
@@ -133,6 +136,12 @@ def started(folder: Path, args: argparse.Namespace) -> dict[str, Process]:
         if wrong:
             rivals.pop(name).close()
     return rivals
+
+
+def used(rivals: dict[str, Process]) -> float:
+    """Processor-seconds of all rivals, of what was converted for them, and of those that were closed."""
+    ended = os.times()
+    return ended.children_user + ended.children_system + sum(rival.seconds() for rival in rivals.values())
 
 
 def agreement(rival: Process, reference: Process) -> tuple[float, float]:
@@ -151,9 +160,10 @@ def share(rival: Process) -> float:
 # --- measuring --------------------------------------------------------------------------------------------------------------------
 
 
-def measured(rivals: dict[str, Process], roofs: dict[tuple[float, int], Roofline], args: argparse.Namespace) -> dict[str, Any]:
+def measured(
+    rivals: dict[str, Process], roofs: dict[tuple[float, int], Roofline], args: argparse.Namespace, watches: list[bool]
+) -> dict[str, Any]:
     cells: dict[str, Any] = {"cold start": {name: rival.cold for name, rival in rivals.items()}}
-    watches: list[bool] = []
     for batch in args.batches:
         times = decode_rounds(rivals, batch, args, watches)
         floors = {name: roofs[share(rival), batch].seconds for name, rival in rivals.items()}
@@ -165,7 +175,7 @@ def measured(rivals: dict[str, Process], roofs: dict[tuple[float, int], Roofline
     for name, bar in document["bars"].items():
         say(f"{name}: {bar['measured']} -> {'not measured' if bar['met'] is None else 'met' if bar['met'] else 'NOT MET'}")
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    settings |= {"contended_rounds": [sum(watches), len(watches)], "rivals": {name: rival.facts for name, rival in rivals.items()}}
+    settings |= {"contended_stretches": [sum(watches), len(watches)], "rivals": {name: rival.facts for name, rival in rivals.items()}}
     return {**document, "settings": settings}
 
 
@@ -197,7 +207,7 @@ def watched(rivals: dict[str, Process], rounds: int, watches: list[bool]) -> Any
     """Rounds: each with the rivals in another order, and whether other programs ran meanwhile noted at its end."""
     names = list(rivals)
     for i in range(rounds):
-        with Watch(children=lambda: sum(rival.seconds() for rival in rivals.values())) as watch:
+        with Watch(children=lambda: used(rivals)) as watch:
             yield names[i % len(names) :] + names[: i % len(names)]
         watches.append(watch.contended)
 
@@ -238,8 +248,10 @@ def bars(cells: dict[str, Any]) -> dict[str, Any]:
     for other in ("llama.cpp Q8_0", "OpenVINO int8"):
         for where in ("batch 1", "batch 8", "batch 32", f"prefill {PROMPT}"):
             out[f"int8 / {other}, {where} <= 1"] = bar(cells, where, f"hasten int8 / {other}", 1.0)
-    row = cells.get("batch 1", {}).get("rivals", {}).get("hasten int8")
-    out["int8 / ceiling, batch 1 <= 1.4"] = verdict(row and row["over_ceiling"], 1.4)
+    over = cells.get("batch 1", {}).get("rivals", {}).get("hasten int8", {}).get("over_ceiling")
+    out["int8 / ceiling, batch 1 <= 1.4"] = verdict(over, 1.4)
+    if over and over["median"] < 0.95:  # a ceiling that is broken through was measured while something else used the memory
+        out["int8 / ceiling, batch 1 <= 1.4"]["met"] = None
     for name in ("hasten native", "hasten int8"):
         seconds = cells["cold start"].get(name)
         out[f"{name}, seconds to a first answer < 15"] = {"measured": seconds, "met": None if seconds is None else seconds < 15}

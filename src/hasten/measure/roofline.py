@@ -42,7 +42,7 @@ def step_bytes(cost: ModelCost, rows: int = 1, context: int = 0, *, weights: flo
     return weights * cost.weight_bytes + cache * rows * (everything - cost.weight_bytes)
 
 
-def bandwidth(nbytes: float, device: str = "cpu", repeats: int = 7) -> float:
+def bandwidth(nbytes: float, device: str = "cpu", repeats: int = 15) -> float:
     """Bytes a second at which torch's threads read a buffer of `nbytes`, over and over: the best of `repeats`.
 
     The buffer is as large as what a step reads, so that whatever of it a large cache keeps is counted for the ceiling too.
