@@ -196,6 +196,7 @@ class Scripted:
     def __init__(self, text, final=None, parts=3):
         self.text, self.final, self.parts, self.requests = text, text if final is None else final, parts, []
         self.engine = self.tokenizer = self
+        self.startup = {"load": 1.0, "compile": 7.0}
         self.templated, self.recipe = False, SimpleNamespace(to_json=lambda: {"model": "m", "techniques": []})
 
     def ask(self, prompt):
@@ -234,7 +235,7 @@ def test_run(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "hasten.load", SimpleNamespace(load=lambda recipe, **_: scripted))
     result = hasten("run", "m", "--prompt", "hi", "--max-tokens", "7", "--stop", "x", "--stop", "y", "--logit-bias", "5=-100")
     assert result.stdout == "hello\n"
-    assert "first token" in result.stderr
+    assert "first token" in result.stderr and "compiling took 7 s" in result.stderr
     assert scripted.requests[0].sampling == Sampling(max_tokens=7, stop=("x", "y"), logit_bias={5: -100.0})
     assert hasten("run", "m", "--prompt", "-", input="from stdin").exit_code == 0
     assert scripted.requests[1].prompt == "from stdin"

@@ -287,6 +287,8 @@ def run(
     elif not streaming:
         print("\n".join(f"--- {i + 1} of {len(results)}\n{r.text}" for i, r in enumerate(results)))
     terminal.show_ledger(first.usage)
+    if (seconds := loaded.startup["compile"]) >= 1:
+        note(f"compiling took {seconds:.0f} s of this; what was compiled is kept for the next start")
 
 
 @app.command(epilog="Example: [bold]hasten papers cpu-inference[/bold]")

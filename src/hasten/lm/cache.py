@@ -78,6 +78,7 @@ class RaggedCache:
         self.active = 0
         self.capacity = 0
         self.data = torch.empty(0)
+        self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._clock = 0
         self._by_head: dict[tuple[int, ...], set[Entry]] = {}
 
@@ -194,9 +195,7 @@ class RaggedCache:
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer, each [slots, capacity, kv_heads, head_dim]."""
-        k, v = self.data[index]
-        heads = (*k.shape[:2], self.shape.kv_heads, self.shape.head_dim)
-        return k.view(heads), v.view(heads)
+        return self._layers[index]  # made once: views of every layer in every step would cost as much as a small model's attention
 
     def _fitting(self, length: int, rows: int, held: list[Entry], margin: int) -> int | None:
         """A capacity that holds `rows` rows, those held and one of `length`, in the budget; None if there is none.
@@ -278,6 +277,8 @@ class RaggedCache:
             entry.slot = slot
         self.entries = [*kept, *[None] * (slots - len(kept))]
         self.data, self.capacity = data, capacity
+        heads = data.view(s.layers, 2, slots, capacity, s.kv_heads, s.head_dim)
+        self._layers = [(heads[i, 0], heads[i, 1]) for i in range(s.layers)]
 
 
 def _grown(capacity: int, length: int, most: int) -> int:

@@ -72,7 +72,7 @@ def clear(cache: Path, text: str) -> None:
             Path(name).unlink(missing_ok=True)
     from torch._inductor import codecache
 
-    for held in vars(codecache).values():
+    for held in [each for each in vars(codecache).values() if isinstance(each, type)]:
         forget: Any = getattr(held, "cache_clear", None)
-        if isinstance(held, type) and callable(forget):
+        if callable(forget):
             forget()
