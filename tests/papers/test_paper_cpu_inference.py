@@ -137,6 +137,7 @@ def test_a_worker_that_dies_is_one_sentence() -> None:
 def test_a_round_measures_every_arm(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     """One process stands for all workers, so that the test starts no more of them."""
     monkeypatch.setattr(cpu_inference, "Worker", lambda cores, shape: worker)
+    monkeypatch.setattr(worker, "stop", lambda: None)
     monkeypatch.setattr(worker, "close", lambda: None)
     monkeypatch.setattr(cpu_inference, "parts", lambda: [[0]])
     run = Measuring({**SETTINGS, "repeats": 1, "parts": [1]}, "stamp")

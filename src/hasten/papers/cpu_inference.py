@@ -129,11 +129,14 @@ class Pool:
 
     def _warm(self, worker: Worker) -> None:
         for rows in (0, 1, 8):
-            worker.send(Job(8, 8, 2, rows, 0))
+            worker.send(Job(max(1, rows), 8, 2, rows, 0))
             worker.receive()
 
     def close(self) -> None:
-        for worker in (*self._all, *self._parts):
+        workers = (*self._all, *self._parts)
+        for worker in workers:  # all of them before any is waited for, in case that is interrupted
+            worker.stop()
+        for worker in workers:
             worker.close()
 
 

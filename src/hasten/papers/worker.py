@@ -61,9 +61,14 @@ class Worker:
             raise UserError(f"a worker process ended: {self._last_words()}")
         return json.loads(line)
 
-    def close(self) -> None:
-        assert self._child.stdin is not None and self._child.stdout is not None
+    def stop(self) -> None:
+        """Let it end, whatever it is doing."""
         self._child.terminate()
+
+    def close(self) -> None:
+        """Stop it and wait until it has ended."""
+        assert self._child.stdin is not None and self._child.stdout is not None
+        self.stop()
         self._child.wait()
         self._child.stdin.close()
         self._child.stdout.close()
