@@ -128,7 +128,20 @@ def test_labels_are_made_once_and_again_for_other_weights(tmp_path, monkeypatch)
 def test_a_reward_model_trains_on_labels_and_is_saved_as_transformers_own(tmp_path, monkeypatch):
     rows = random_labels(prm.BATCH * 16)
     monkeypatch.setattr(reward, "labels", lambda *a: [rows, rows[:40]])
+    monkeypatch.setattr(prm, "SPOT", 2)
     out = prm.train("arith-prm-s", out=tmp_path / "prm", steps=2, resume=False)
     record = json.loads((out / "training.json").read_text())
     assert record["solutions"] == len(rows) and 0 <= record["held_out_label_auc"] <= 1
     assert sample.load("arith-prm-s", out).score.weight.shape == (1, zoo.spec("arith-prm-s").width)
+
+
+def test_replaced_results_are_where_they_are_said_to_be():
+    clean, (b, replaced) = data.batch(3, 5, train.ROWS, 6), reward.spoilt(3, 5, 1.0)
+    assert torch.equal(b.ids != clean.ids, replaced) and 15 <= replaced.sum() <= 40
+    row, at = (int(i) for i in replaced.nonzero()[0])
+    assert b.ids[row, at + 1] == tokenizer.STEP_END and b.ids[row, at - 1] == tokenizer.IDS["="]
+    model = Llama(Size(32, 64, 3, 2), seed=1)
+    loss = reward.spotting_loss(model, prm.topped(model, Llama(Size(32, 64, 1, 2), seed=2), 0), 3, 5, 1.0)
+    loss.backward()
+    assert 1.2 < loss.item() < 1.7  # two balanced questions, not learnt yet
+    assert model.model.layers[0].mlp.up_proj.weight.grad is None and model.model.layers[1].mlp.up_proj.weight.grad is not None

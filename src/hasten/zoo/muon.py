@@ -20,16 +20,22 @@ def orthogonalise(g: Tensor) -> Tensor:
 
 
 class Muon:
-    """`step(scale)` updates all parameters; learning rates are multiplied by `scale`. State is a flat list of tensors for checkpoints."""
+    """`step(scale)` updates all parameters; learning rates are multiplied by `scale`. State is a flat list of tensors for checkpoints.
 
-    def __init__(self, model: nn.Module, lr: float = 0.004, adam_lr: float = 3e-3, momentum: float = 0.95, decay: float = 0.0) -> None:
+    matrices=False leaves everything to AdamW.
+    """
+
+    def __init__(
+        self, model: nn.Module, lr: float = 0.004, adam_lr: float = 3e-3, momentum: float = 0.95, decay: float = 0.0,
+        matrices: bool = True,
+    ) -> None:  # fmt: skip
         self.lr, self.adam_lr, self.momentum, self.decay = lr, adam_lr, momentum, decay
         groups: dict[tuple[int, int], list[nn.Parameter]] = {}
         rest = []
         for name, p in model.named_parameters():
             if not p.requires_grad:
                 continue
-            if p.ndim == 2 and "embed" not in name and "score" not in name and "lm_head" not in name:
+            if matrices and p.ndim == 2 and not any(part in name for part in ("embed", "score", "spot", "lm_head")):
                 groups.setdefault((min(p.shape), max(p.shape)), []).append(p)
             else:
                 rest.append(p)

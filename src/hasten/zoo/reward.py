@@ -1,4 +1,4 @@
-"""Labels of the process reward model, made as Math-Shepherd's (Wang et al. 2023, 2312.08935): by rollouts, not by a checker.
+"""What the process reward model learns from. Its labels are made as Math-Shepherd's (Wang et al. 2023, 2312.08935): by rollouts, not by a checker.
 
 A policy samples one solution of each problem. A step is labelled 1 if any of ROLLOUTS + 1 continuations from its end reaches the right answer
 (their "hard estimation"); the solution itself is one of them, so a right solution needs no others. One solution a problem, and many problems:
@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hasten.rng import key
-from hasten.zoo import arith, path, sample, tokenizer
+from hasten.zoo import arith, data, path, sample, tokenizer
 from hasten.zoo.model import Llama
 
 POLICIES = ("arith-s", "arith-m", "arith-s", "arith-m", "arith-xs")  # whose solutions chunk i has: POLICIES[i % 5]
 COMPLETER, ROLLOUTS, TEMPERATURE = "arith-s", 3, 0.7
 CHUNKS, CHUNK = 30, 2000
 STREAM = 77
+SPOILT = 0.4  # of results, replaced in the first stage
 
 
 @dataclass(slots=True)
@@ -109,6 +110,42 @@ def loss_of(model: Llama, rows: list[Labelled]) -> Tensor:
         target += r.labels
     hidden = model(ids, torch.arange(width), None).flatten(0, 1)[torch.tensor(where)]
     return F.binary_cross_entropy_with_logits(model.score(hidden)[:, 0], torch.tensor(target))
+
+
+# --- the first stage: results replaced at random ----------------------------------------------------------------------------------------------
+
+
+def spoilt(seed: int, step: int, done: float) -> tuple[data.Batch, Tensor]:
+    """A batch of training text, and bool [B, 176]: where a step's result was replaced (in the batch's `ids`) by another number."""
+    from hasten.zoo.train import ROWS, most
+
+    b = data.batch(seed, step, ROWS, most(done))
+    numbers = torch.tensor([tokenizer.IDS[str(i)] for i in range(arith.MODULUS)])
+    results = torch.zeros_like(b.ids, dtype=torch.bool)
+    results[:, :-1] = (b.ids[:, 1:] == tokenizer.STEP_END) & (b.targets[:, :-1] != -100)  # a solution's token before ` ;`
+    g = torch.Generator().manual_seed(key(seed, step, "spoilt") >> 1)
+    shift = torch.randint(1, arith.MODULUS, b.ids.shape, generator=g)
+    replaced = results & (torch.rand(b.ids.shape, generator=g) < SPOILT)
+    b.ids[replaced] = numbers[(b.ids - numbers[0] + shift)[replaced] % arith.MODULUS]
+    return b, replaced
+
+
+def spotting_loss(model: Llama, spot: torch.nn.Linear, seed: int, step: int, done: float) -> Tensor:
+    """Was this result replaced, read from the last layer but one at each result; was none replaced so far, read where rewards are."""
+    b, replaced = spoilt(seed, step, done)
+    below: list[Tensor] = []
+    handle = model.model.layers[-2].register_forward_hook(lambda module, args, out: below.append(out))
+    hidden = model(b.ids, b.positions, b.mask())
+    handle.remove()
+    solution = torch.zeros_like(replaced)
+    solution[:, 1:] = (b.targets[:, :-1] != -100) & (b.documents[:, 1:] == b.documents[:, :-1])
+    result, end = torch.zeros_like(replaced), solution & ((b.ids == tokenizer.STEP_END) | (b.ids == tokenizer.EOS))
+    result[:, :-1] = solution[:, :-1] & (b.ids[:, 1:] == tokenizer.STEP_END)
+    so_far = (data.document_mask(b.documents)[:, 0] & replaced[:, None, :]).any(-1)
+    found = spot(F.rms_norm(below[0], below[0].shape[-1:]))[..., 0]
+    return F.binary_cross_entropy_with_logits(found[result], replaced[result].float()) + F.binary_cross_entropy_with_logits(
+        model.score(hidden)[..., 0][end], (~so_far[end]).float()
+    )
 
 
 if __name__ == "__main__":  # `python -m hasten.zoo.reward arith-prm-s FIRST STOP`: some chunks, so that two cores can share the work
