@@ -178,7 +178,7 @@ def test_techniques_as_json():
     rows = {row["name"]: row for row in json.loads(hasten("techniques", "--json").stdout)}
     assert rows["ngram"]["slot"] == "decode"
     assert {"name", "slot", "family", "exactness", "options", "why_not", "paper"} <= rows["ngram"].keys()
-    assert rows["ngram"]["options"][0] == {"name": "k", "type": "int", "default": 4, "doc": "tokens proposed at most", "required": False}
+    assert rows["ngram"]["options"][0] == {"name": "k", "type": "int", "default": 8, "doc": "tokens proposed at most", "required": False}
     assert rows["ngram"]["why_not"] is None
     assert "reward model" in rows["best-of-n"]["why_not"]
     assert "best-of-n" in hasten("techniques").stdout

@@ -25,7 +25,7 @@ def test_a_technique_is_what_the_table_says(name):
 
 
 def test_documentation_is_found_in_comments_and_docstrings():
-    assert options_of("ngram")[0] == techniques.Option("k", "int", 4, "tokens proposed at most")
+    assert options_of("ngram")[0] == techniques.Option("k", "int", 8, "tokens proposed at most")
     assert next(option for option in options_of("vote") if option.name == "n").doc == "samples drawn"
 
 

@@ -30,8 +30,6 @@ class Decode:
         """What to commit of one row, given its proposal, the target's own choice at each position (one more than the proposal), and the
         processed logits [len(proposal) + 1, vocabulary] those choices were made from.
         """
-        from hasten.lm.decode.verify import coupled
-
         return coupled(proposal, chosen)
 
     def timed(self, positions: int, proposing: float, rest: float) -> None:
@@ -43,3 +41,11 @@ class Decode:
     def costs(self, row: Row) -> Mapping[str, Cost]:
         """What other models did for a row, by role."""
         return {}
+
+
+def coupled(proposal: Sequence[int], chosen: Sequence[int]) -> list[int]:
+    """The part of a proposal that agrees with the target's choices, and its first choice after it (see `verify`); one choice more than proposed."""
+    kept = 0
+    while kept < len(proposal) and proposal[kept] == chosen[kept]:
+        kept += 1
+    return list(chosen[: kept + 1])

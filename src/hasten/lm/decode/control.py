@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from hasten.lm.decode import Decode
-from hasten.lm.decode.verify import coupled
+from hasten.lm.decode import Decode, coupled
 from hasten.values import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -63,11 +62,11 @@ class Heuristic(Constant):
     """Starts at k; each row has two more after a proposal that was kept whole, else one less, at least one."""
 
     def lengths(self, rows: Sequence[Row], room: Sequence[int]) -> list[int]:
-        return [max(0, min(row.control or self.k, most)) for row, most in zip(rows, room, strict=True)]
+        return [max(0, min(int(row.control or self.k), most)) for row, most in zip(rows, room, strict=True)]
 
     def kept(self, row: Row, proposed: int, kept: int) -> None:
         if proposed:
-            now = row.control or self.k
+            now = int(row.control or self.k)
             row.control = now + 2 if kept == proposed else max(1, now - 1)
 
 

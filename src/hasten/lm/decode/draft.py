@@ -24,6 +24,7 @@ from hasten.lm.attention import Plan, Span
 from hasten.lm.cache import Entry, RaggedCache, Shape, common_prefix
 from hasten.lm.decode import verify
 from hasten.lm.decode.control import Speculation, check
+from hasten.lm.decode.verify import Uniform
 from hasten.usage import Cost
 from hasten.values import UserError, did_you_mean
 
@@ -244,7 +245,7 @@ class Draft(Speculation):
             return verify.block(proposal, p, q, self._uniform(row))
         return verify.rejection(proposal, p, q, self._uniform(row), self.options.ensemble_weight)
 
-    def _uniform(self, row: Row) -> verify.Uniform:
+    def _uniform(self, row: Row) -> Uniform:
         """The numbers of the round that starts where the row ends now."""
         seed, sample, start = row.request.sampling.seed, row.sample, len(row.tokens)
         return lambda purpose, i: rng.uniform(seed, sample, start, purpose, i)

@@ -113,7 +113,8 @@ def continuation(at: Match, k: int, factor: float, least: float, open_end: int =
 
 def _path(node: Node, count: int, most: int, least: float) -> tuple[float, list[int]]:
     """Down the most frequent children: (sum of the probabilities of getting so far, tokens)."""
-    probability, score, tokens = 1.0, 0.0, []
+    probability, score = 1.0, 0.0
+    tokens: list[int] = []
     while node.after and len(tokens) < most:
         token, child = max(node.after.items(), key=lambda item: item[1].count)
         probability *= min(1.0, child.count / max(count, 1))

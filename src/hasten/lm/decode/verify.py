@@ -18,16 +18,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from hasten.lm.decode import coupled
+
 ACCEPT, DRAFT, AFTER = 2, 3, 4  # purposes in a noise key, beside the sampler's TOKEN
 Uniform = Callable[[int, int], float]  # (purpose, index in the round) -> a number in (0, 1)
-
-
-def coupled(proposal: Sequence[int], chosen: Sequence[int]) -> list[int]:
-    """The agreed part of the proposal and the target's first choice after it; len(chosen) = len(proposal) + 1."""
-    kept = 0
-    while kept < len(proposal) and proposal[kept] == chosen[kept]:
-        kept += 1
-    return list(chosen[: kept + 1])
 
 
 def rejection(proposal: Sequence[int], p: torch.Tensor | None, q: torch.Tensor, uniform: Uniform, keep: float = 1.0) -> list[int]:
@@ -70,3 +64,6 @@ def _without(q: torch.Tensor, token: int) -> torch.Tensor:
     left = q.clone()
     left[token] = 0
     return left
+
+
+__all__ = ["ACCEPT", "AFTER", "DRAFT", "block", "coupled", "drawn", "rejection"]
