@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -42,15 +43,14 @@ class Graphs:
         keys = static.length(max(s.start for s in plan.spans) + 1, plan.cache.capacity)
         graphs = self._graphs(plan.cache)
         known = graphs.get((rows, keys))
-        inputs = known[0] if known else Inputs.empty(rows, ids.device)
-        slots = inputs.fill(ids, plan.spans, plan.cache.capacity, free)
+        inputs = known[0] if known else Inputs(rows, ids.device)
+        which = inputs.fill(ids, plan.spans, plan.cache.capacity, free)
         if known is None:
-            fixed = plan.cache
-            known = graphs[rows, keys] = (
-                inputs,
-                self.capture(lambda: self.step(inputs.ids, inputs.positions, StaticPlan(fixed, inputs, keys))),
-            )
-        return known[1]().index_select(0, slots)
+            known = graphs[rows, keys] = inputs, self.capture(partial(self._run, inputs, plan.cache, keys))
+        return known[1]()[which].clone()  # the next replay writes over it
+
+    def _run(self, inputs: Inputs, cache: RaggedCache, keys: int) -> torch.Tensor:
+        return self.step(inputs.ids, inputs.positions, StaticPlan(cache, inputs, keys))
 
     def _graphs(self, cache: RaggedCache) -> dict[tuple[int, int], tuple[Inputs, Replay]]:
         held = self._held.get(cache)

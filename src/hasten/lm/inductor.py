@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
 import shutil
+import struct
+import sys
 import tempfile
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-# what loaders, linkers and readers say of a file that ends too early
+FRESH = 60.0  # seconds that a file may still be in the making
+# what loaders, linkers, readers and compilers (of headers) say of a file that ends too early
 CORRUPT = re.compile(
     r"file too short|invalid ELF header|cannot read file data|file truncated|file format not recognized|ELF load command|"
-    r"Ran out of input|pickle data was truncated|unexpected end of file",
+    r"C\+\+ compile error|Ran out of input|pickle data was truncated|unexpected end of file",
     re.I,
 )
 
@@ -45,6 +51,7 @@ def lacks(device: str) -> str | None:
 def repaired(make: Callable[[], T]) -> T:
     """What `make` returns; where the cache holds a file that was cut off (a process killed in mid-compile), delete it and try once more."""
     cache = folder()
+    sweep(cache)
     try:
         return make()
     except Exception as e:  # torch wraps what the loader says in errors of its own
@@ -52,6 +59,28 @@ def repaired(make: Callable[[], T]) -> T:
             raise
         clear(cache, told(e))
     return make()
+
+
+@functools.cache
+def sweep(cache: Path) -> None:
+    """Delete shared objects that were cut off. They need not fail when they are loaded: of a trial object that does not run the compiler
+    believes that the processor lacks what was tried, and its code is slow. What was written just now may be another process's, not finished.
+    """
+    for file in cache.rglob("*.so"):
+        with suppress(OSError):
+            if time.time() - file.stat().st_mtime > FRESH and not whole(file):
+                file.unlink()
+
+
+def whole(file: Path) -> bool:
+    """Whether a shared object reaches to the end of its table of sections, which linkers put last."""
+    with file.open("rb") as f:
+        head = f.read(64)
+    if head[:5] != b"\x7fELF\x02" or len(head) < 64:
+        return sys.platform != "linux" and bool(head)
+    order = "<" if head[5] == 1 else ">"
+    (table,), (size, count) = struct.unpack_from(f"{order}Q", head, 40), struct.unpack_from(f"{order}HH", head, 58)
+    return file.stat().st_size >= table + size * count
 
 
 def told(error: BaseException | None) -> str:

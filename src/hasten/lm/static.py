@@ -7,7 +7,6 @@ beyond the rows in use, are padding: they compute something finite from what lie
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -35,29 +34,25 @@ def length(longest: int, capacity: int) -> int:
     return min(size, capacity)
 
 
-@dataclass
 class Inputs:
     """ids, positions, where [rows]: a row's new token, its position, and where in all slots' positions its keys and values go."""
 
-    ids: torch.Tensor
-    positions: torch.Tensor
-    where: torch.Tensor
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.ids = torch.zeros(rows, dtype=torch.long, device=device)
+        self.places = torch.zeros(2, rows, dtype=torch.long, device=device)
+        self.positions, self.where = self.places[0], self.places[1]
 
-    def fill(self, ids: torch.Tensor, spans: Sequence[Span], capacity: int, free: int) -> torch.Tensor:
-        """Put a step in; its rows in the order of the spans. Rows that are padding look at their first key and write to slot `free`."""
-        rows, device = len(self.ids), self.ids.device
+    def fill(self, ids: torch.Tensor, spans: Sequence[Span], capacity: int, free: int) -> slice | torch.Tensor:
+        """Put a step in; which of its rows are those of the spans, in their order. Padding looks at its first key and writes to slot `free`."""
+        rows = len(self.ids)
         positions, where = [0] * rows, [free * capacity] * rows
         for s in spans:
             positions[s.slot], where[s.slot] = s.start, s.slot * capacity + s.start
-        slots = torch.tensor([s.slot for s in spans], device=device)
-        self.ids.zero_().index_copy_(0, slots, ids)
-        self.positions.copy_(torch.tensor(positions))
-        self.where.copy_(torch.tensor(where))
-        return slots
-
-    @classmethod
-    def empty(cls, rows: int, device: torch.device) -> Inputs:
-        return cls(*(torch.zeros(rows, dtype=torch.long, device=device) for _ in range(3)))
+        self.places.copy_(torch.tensor([positions, where]))
+        slots = [s.slot for s in spans]
+        which = slice(len(slots)) if slots == list(range(len(slots))) else torch.tensor(slots, device=self.ids.device)
+        self.ids[which] = ids
+        return which
 
 
 class StaticPlan:
