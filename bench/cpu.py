@@ -132,6 +132,8 @@ def started(folder: Path, args: argparse.Namespace, watches: list[bool]) -> dict
         off, same = agreement(rival, rivals[REFERENCE])
         rival.facts |= {"logits_off": off, "same_choice": same}
         wrong = off > TOLERANCE[share(rival)]
+        if rival.facts.get("fused") is False and name != "hasten":
+            say(f"{name}: its steps are NOT fused, for the fused step was refused")
         say(f"{name}: {rival.cold:.1f} s to a first answer; logits {off:.2%} off, same choice in {same:.0%}{'; WRONG, left out' * wrong}")
         if wrong:
             rivals.pop(name).close()

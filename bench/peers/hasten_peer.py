@@ -26,7 +26,10 @@ class Hasten(Rival):
         self.engine, self.rows = engine, 0
         self._watch()
         weights = "int8" if kind == "int8" else "fp32"
-        self.facts = {"version": f"hasten {hasten.__version__}", "weights": weights, "cache": "fp32", "compiled_seconds": build.seconds}
+        self.facts = {
+            "version": f"hasten {hasten.__version__}", "weights": weights, "cache": "fp32", "compiled_seconds": build.seconds,
+            "fused": getattr(engine.model, "small_step", None) is not None,
+        }  # fmt: skip
 
     def forget(self) -> None:
         for key in range(self.rows):
