@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import CONFIGS, make, reference
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import hasten
 from hasten import hf, native
@@ -158,6 +159,14 @@ def test_int8_is_its_formula(family: str, fused: bool) -> None:
     noise = (theirs - plain).abs().mean()
     # a rounding of an activation that falls the other way makes a small difference; int8 itself a large one
     assert (mine - theirs).abs().mean() < 0.2 * noise
+
+
+def test_int8_is_fused_in_a_deep_model_too() -> None:
+    """Rounding adds up over layers; that is no reason to take the model for one that was read wrongly."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 24, "num_attention_heads": 4}
+    model = hf.prepare(LlamaForCausalLM(LlamaConfig(**sizes)).eval())
+    assert hasattr(int8.build(int8.Options(), SimpleNamespace(model=model)), "small_step")
 
 
 def test_int8_without_a_compiler_takes_torch(monkeypatch: pytest.MonkeyPatch) -> None:

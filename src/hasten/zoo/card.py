@@ -52,8 +52,8 @@ def text(name: str, training: dict, result: dict) -> str:
     if s.kind == "reward":
         lines += ["", *worth()]
     lines += ["", "| training | value |", "|---|---|"]
-    flat = {k: v for k, v in training.items() if k not in ("name", "spec")} | training["spec"]
-    lines += [f"| {k} | {round(v, 1) if isinstance(v, float) else json.dumps(v)} |" for k, v in flat.items()]
+    flat = training["spec"] | {k: v for k, v in training.items() if k not in ("name", "spec")}
+    lines += [f"| {k} | {float(f'{v:.4g}') if isinstance(v, float) else json.dumps(v)} |" for k, v in flat.items()]
     how = f"hasten.zoo.train {name}` and `python -m hasten.zoo.card {name}"
     lines += ["", f"Again with `python -m {how}`. `seconds` is wall time on a shared machine, `cpu` is CPU seconds of one thread.", ""]
     return "\n".join(lines)
@@ -69,10 +69,10 @@ def worth() -> list[str]:
         if "best_of_16_last" in card:
             keys = ("greedy", "one_sample", "vote@16", "best_of_16_last", "weighted_vote@16")
             lines.append(f"| {name} | " + " | ".join(f"{100 * card[k]:.1f} %" for k in keys) + " |")
-            if card["best_of_16_last"] <= max(card["greedy"], card["vote@16"]):
+            if max(card["best_of_16_last"], card["weighted_vote@16"]) <= max(card["greedy"], card["vote@16"]):
                 weak.append(name)
     if weak:
-        lines += ["", f"**Weak on {', '.join(weak)}: choosing by it does not beat the better of greedy and the majority vote.**"]
+        lines += ["", f"**Weak on {', '.join(weak)}: neither use of it beats the better of greedy and the majority vote.**"]
     return lines if len(lines) > 2 else []
 
 
