@@ -80,7 +80,7 @@ def text(plain: Loaded, changed: Loaded, args: argparse.Namespace) -> dict[str, 
     drift = stats.mean(quality.divergence(plain, changed, task, task.items["test"][: args.texts]))
     from hasten.zoo import python
 
-    return {"kl": shown(drift), **perplexities(plain, changed, [("", t) for t in python.texts("test", args.texts)])}
+    return {"kl": shown(drift), **perplexities(plain, changed, [("", t) for t in python.prompts("test", args.texts, 256)])}
 
 
 def reward(plain: Loaded, changed: Loaded, args: argparse.Namespace) -> dict[str, Any]:
