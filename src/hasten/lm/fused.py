@@ -26,6 +26,9 @@ TOLERANCE = 0.02  # most that a logit may be off, in standard deviations of the 
 TOLERANCE_INT8 = 0.2  # of the mean square: what 8 bits round in one layer moves across a rounding's edge in the next
 
 
+PROMPT, REACH = 512, 640  # int8 does prompts too: positions in a step, and how far back they may look before torch's attention is faster
+
+
 class Unfit(Exception):
     """Why a model has no fused step."""
 
@@ -40,7 +43,7 @@ class FusedStep:
     """`takes(plan)` says whether it does a step; calling it does. int8: int8 weights and activations. rows: positions in a step at most."""
 
     def __init__(self, model: Any, *, int8: bool = False, rows: int = 64) -> None:
-        self.rows = rows
+        self.rows, self.int8 = rows, int8
         self.rotary = model.model.rotary_emb
         self.head = model.lm_head.weight.shape[0]
         self._keep: list[Any] = []  # what the C++ side points to
@@ -49,7 +52,9 @@ class FusedStep:
         self._check(model, int8)
 
     def takes(self, ids: torch.Tensor, plan: Any) -> bool:
-        return isinstance(plan, Plan) and len(ids) <= self.rows
+        if not isinstance(plan, Plan) or len(ids) > (PROMPT if self.int8 else self.rows):
+            return False
+        return len(ids) <= self.rows or max(s.start + s.n for s in plan.spans) <= REACH
 
     def __call__(self, ids: torch.Tensor, positions: torch.Tensor, outputs: torch.Tensor | None, plan: Plan) -> torch.Tensor:
         """ids, positions [N] -> logits [outputs, vocabulary]; new keys and values go to the plan's cache."""
