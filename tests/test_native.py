@@ -98,3 +98,10 @@ def test_a_broken_object_is_made_anew(monkeypatch: pytest.MonkeyPatch, tmp_path:
         assert isinstance(build.library(), ctypes.CDLL)
     finally:
         build.library.cache_clear()
+
+
+def test_the_process_keeps_its_subnormal_numbers() -> None:
+    """Objects linked with -ffast-math flush them to zero, for everybody in the process."""
+    build.library()
+    smallest = float.fromhex("0x1p-1022")
+    assert smallest / 2 > 0

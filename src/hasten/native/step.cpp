@@ -150,10 +150,10 @@ Linear* pack(const float* weight, const float* bias, int n, int k, bool int8) {
     const float* row = weight + (size_t)o * k;
     float most = 0;
     for (int i = 0; i < k; i++) most = std::max(most, std::fabs(row[i]));
-    float step = most / 127.0f;
-    l->scale[o] = step;
+    float up = most > 0 ? 127.0f / most : 0;  // the same operations as in Python, so that no tie is rounded otherwise
+    l->scale[o] = most / 127.0f;
     for (int i = 0; i < k; i++) {
-      int v = step > 0 ? (int)std::nearbyint(row[i] / step) : 0;
+      int v = (int)std::nearbyint(row[i] * up);
       l->sum[o] += v;
       l->q[(((size_t)(o / BLOCK) * (l->depth / 4) + i / 4) * BLOCK + o % BLOCK) * 4 + i % 4] = (int8_t)v;
     }
