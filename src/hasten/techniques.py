@@ -131,8 +131,15 @@ def check_slots(recipe: Recipe) -> None:
 
 
 def exactness(recipe: Recipe) -> Exactness:
-    """That of the recipe's weakest part."""
-    return max((technique(use.name).exactness for use in recipe.uses), key=_WEAKER.index, default="identical")
+    """That of the recipe's weakest part; where it depends on a technique's options, its module says so (`exactness(options)`)."""
+    return max(map(_exactness, recipe.uses), key=_WEAKER.index, default="identical")
+
+
+def _exactness(use: Use) -> Exactness:
+    if not use.options:
+        return technique(use.name).exactness
+    ask: Callable[[Any], Exactness] | None = getattr(module_of(use.name), "exactness", None)
+    return ask(options_for(use)) if ask else technique(use.name).exactness
 
 
 def why_not(recipe: Recipe, target: Any = None) -> str | None:

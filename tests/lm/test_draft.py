@@ -182,6 +182,14 @@ def test_bad_options(wrong: dict[str, Any], words: str) -> None:
         Options(model="x", **wrong)
 
 
+def test_a_recipe_is_as_exact_as_the_drafts_options() -> None:
+    from hasten import techniques
+    from hasten.recipe import Recipe
+
+    for options, exact in (("", "identical"), (",mode=block", "distribution"), (",mode=rejection,ensemble_weight=0.5", "approximate")):
+        assert techniques.exactness(Recipe.parse(f"m +draft(model=x{options})")) == exact
+
+
 def test_a_recipe_with_a_draft(tmp_path: Any) -> None:
     import hasten
 

@@ -67,6 +67,11 @@ class Options:
         return self.schedule if self.schedule != "auto" else "goodput" if self.mode == "coupled" else "constant"
 
 
+def exactness(options: Options) -> str:
+    """Coupled verification gives the same tokens, the others the same law, and a weight below 1 neither."""
+    return "approximate" if options.ensemble_weight < 1 else "identical" if options.mode == "coupled" else "distribution"
+
+
 def roles(options: Options) -> dict[str, str]:
     """Models needed beside the target. UserError if the options name none."""
     if not options.model:
