@@ -182,6 +182,14 @@ def test_bad_options(wrong: dict[str, Any], words: str) -> None:
         Options(model="x", **wrong)
 
 
+def test_the_engine_tells_the_schedule_how_long_steps_took(pairs: Any, drafts: Any) -> None:
+    """Without that the controller never has a plain step to compare with, and never proposes anything."""
+    _, ours = pairs("llama")
+    technique = draft(drafts("llama", "itself"), schedule="goodput")
+    run(TokenEngine(ours, decode=technique), {0: Request([5, 6, 7], Sampling(max_tokens=12, ignore_eos=True))})
+    assert 1 in technique.schedule.steps.known and technique.passes > 0
+
+
 def test_a_recipe_is_as_exact_as_the_drafts_options() -> None:
     from hasten import techniques
     from hasten.recipe import Recipe

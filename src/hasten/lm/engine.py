@@ -118,9 +118,13 @@ class TokenEngine:
         """One forward pass over the rows whose turn it is."""
         with cpu.using(self.threads):  # torch counts them for each thread of Python: whoever steps has to say
             works = self.scheduler.plan()
+            began = time.perf_counter()
             self._propose(works)
+            proposed = time.perf_counter()
             if works:
                 self._commit(works, self._forward(works))
+                if all(w.n == 1 for w in works):
+                    self.decode.timed(sum(w.width for w in works), proposed - began, time.perf_counter() - proposed)
         news, self._news = self._news, []
         return news
 
