@@ -235,8 +235,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def both(directory: Path) -> Iterator[tuple[Any, Any]]:
-    """A recipe with a strategy, in this process and in two workers."""
-    recipe = f"{directory} +ngram +vote(n=3,temperature=1.0,extract=last-number)"
+    """A recipe with a strategy, in this process and in two workers; a schedule that no clock decides, so that counts can be compared."""
+    recipe = f"{directory} +ngram(schedule=constant) +vote(n=3,temperature=1.0,extract=last-number)"
     processors = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
     nodes = (((processors[0],),), ((processors[-1],),))  # as if each was a node
     with pytest.MonkeyPatch.context() as patched:
