@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -182,3 +185,41 @@ def test_as_recipes() -> None:
     assert fused.tokens == plain.tokens
     eight = hasten.load("zoo:arith-s +int8 +ngram").generate(["a = 7 ; b = a * 3 ; c = b + a ; ? b :"], Sampling(max_tokens=40))[0]
     assert eight.tokens
+
+
+LONG = """
+import sys, torch
+from transformers import MistralConfig, MistralForCausalLM
+from hasten import hf
+from hasten.lm import fused
+for heads, kv_heads, dim, window in ((6, 2, 16, 40), (4, 4, 24, None), (5, 1, 10, 7), (60, 1, 4, 90)):
+    torch.manual_seed(heads)
+    model = hf.prepare(MistralForCausalLM(MistralConfig(
+        vocab_size=97, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        head_dim=dim, sliding_window=window, initializer_range=0.3, pad_token_id=0)).eval())
+    step = fused.FusedStep(model, rows=1000)
+    facts = hf.facts(model)
+    logits = []
+    for forward in (step, lambda *a: hf.torch_forward(model, *a)):
+        shape = fused.Shape(facts.layers, facts.kv_heads, facts.head_dim, torch.float32, torch.device("cpu"))
+        cache = fused.RaggedCache(shape, budget=400, max_len=200, max_rows=2)
+        ids = torch.randint(0, 97, (340,), generator=torch.Generator().manual_seed(1))
+        rows = [cache.allocate(part.tolist(), len(part)) for part in (ids[:170], ids[170:])]
+        for a, b in ((0, 75), (75, 76), (76, 170)):  # both rows in every step: a first chunk, one token, and a chunk that looks back
+            plan = fused.Plan(cache, [fused.Span(row.slot, a, b - a, i * (b - a)) for i, row in enumerate(rows)])
+            tokens = torch.cat([ids[a:b], ids[170 + a : 170 + b]])
+            with torch.inference_mode():
+                logits.append(forward(tokens, torch.arange(a, b).repeat(2), None, plan))
+            for row, part in zip(rows, (ids[:170], ids[170:])):
+                row.tokens += part[a:b].tolist()
+    mine, theirs = torch.cat(logits[:3]), torch.cat(logits[3:])
+    assert (mine - theirs).abs().max() < 2e-4 * theirs.std(), (heads, (mine - theirs).abs().max(), theirs.std())
+"""
+
+
+@pytest.mark.parametrize("march", ["x86-64", "x86-64-v3", "native"])
+def test_prompts_are_attended_to_as_torch_does(march: str) -> None:
+    """Tiles of many rows, their edges, windows, groups of heads of every kind, a second chunk; compiled for older processors too."""
+    environment = {**os.environ, "HASTEN_MARCH": march}
+    done = subprocess.run([sys.executable, "-c", LONG], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

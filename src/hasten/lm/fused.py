@@ -1,8 +1,8 @@
-"""A decode step of a Llama-like model in one C++ call (`native/step.cpp`), for steps of few positions on a CPU.
+"""A step of a Llama-like model in one C++ call (`native/step.cpp`) on a CPU.
 
 Eager Python spends more on some thousand calls a step than on the mathematics of a small model. The step works on the engine's own cache, so
-long prompts go through torch as before and the next step goes on from what they stored. Which parts a model has is read from its modules; that
-they were read rightly is not assumed but tried, on a few tokens, when the step is built.
+steps that torch does better (long prompts, on processors without AVX-512) go through it, and the next goes on from what they stored. Which
+parts a model has is read from its modules; that they were read rightly is not assumed but tried, on a few tokens, when the step is built.
 """
 
 from __future__ import annotations
@@ -26,9 +26,6 @@ TOLERANCE = 0.02  # most that a logit may be off, in standard deviations of the 
 TOLERANCE_INT8 = 0.2  # of the mean square: what 8 bits round in one layer moves across a rounding's edge in the next
 
 
-PROMPT, REACH = 512, 640  # int8 does prompts too: positions in a step, and how far back they may look before torch's attention is faster
-
-
 class Unfit(Exception):
     """Why a model has no fused step."""
 
@@ -40,10 +37,14 @@ class Norm:
 
 
 class FusedStep:
-    """`takes(plan)` says whether it does a step; calling it does. int8: int8 weights and activations. rows: positions in a step at most."""
+    """`takes(plan)` says whether it does a step; calling it does. int8: int8 weights and activations.
+
+    rows: positions in a step at most where torch does prompts faster.
+    """
 
     def __init__(self, model: Any, *, int8: bool = False, rows: int = 64) -> None:
-        self.rows, self.int8 = rows, int8
+        self.rows, isa = rows, build.isa()
+        self.prompts = isa in ("vnni", "amx") or (int8 and isa == "avx2")  # whether torch is slower at long prompts as well
         self.rotary = model.model.rotary_emb
         self.head = model.lm_head.weight.shape[0]
         self._keep: list[Any] = []  # what the C++ side points to
@@ -52,9 +53,7 @@ class FusedStep:
         self._check(model, int8)
 
     def takes(self, ids: torch.Tensor, plan: Any) -> bool:
-        if not isinstance(plan, Plan) or len(ids) > (PROMPT if self.int8 else self.rows):
-            return False
-        return len(ids) <= self.rows or max(s.start + s.n for s in plan.spans) <= REACH
+        return isinstance(plan, Plan) and (self.prompts or len(ids) <= self.rows)
 
     def __call__(self, ids: torch.Tensor, positions: torch.Tensor, outputs: torch.Tensor | None, plan: Plan) -> torch.Tensor:
         """ids, positions [N] -> logits [outputs, vocabulary]; new keys and values go to the plan's cache."""

@@ -166,9 +166,35 @@ Linear* pack(const float* weight, const float* bias, int n, int k, bool int8) {
 enum After { STORE, ADD, GATE };  // y = v; y += v; y = act(gate) * up, gate and up being the two blocks of a panel
 enum Act { SILU = 0, GELU = 1 };   // GELU: the tanh form
 
-inline float act(float x, int kind) {
-  if (kind == SILU) return x / (1.0f + std::exp(-x));
-  return 0.5f * x * (1.0f + std::tanh(0.7978845608028654f * (x + 0.044715f * x * x * x)));
+// As many numbers side by side as the processor computes with.
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16;
+#elif defined(__AVX__)
+constexpr int WIDTH = 8;
+#else
+constexpr int WIDTH = 4;
+#endif
+typedef float Lanes __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(WIDTH * 4)));
+
+inline Lanes max(Lanes a, Lanes b) { return a > b ? a : b; }
+inline Lanes load(const float* x) { return *(const Lanes*)x; }
+inline void store(float* x, Lanes v) { *(Lanes*)x = v; }
+
+// e^x to 2 units in the last place, zero below -87. The library's is one call a number.
+inline Lanes exp(Lanes x) {
+  Lanes t = x * 1.44269504f;
+  t = t > 127.0f ? Lanes{} + 127.0f : t < -126.0f ? Lanes{} - 126.0f : t;
+  Ints n = __builtin_convertvector(t + (t < 0.0f ? Lanes{} - 0.5f : Lanes{} + 0.5f), Ints);
+  Lanes whole = __builtin_convertvector(n, Lanes), r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+  Lanes y = 1.9875691500e-4f + Lanes{};
+  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) y = y * r + c;
+  y = (y * r * r + r + 1.0f) * (Lanes)((n + 127) << 23);
+  return x < -87.0f ? Lanes{} : y;
+}
+
+inline Lanes act(Lanes x, int kind) {  // gelu: x (1 + tanh(u)) / 2
+  return x / (1.0f + exp(kind == SILU ? -x : -1.5957691216f * (x + 0.044715f * x * x * x)));
 }
 
 struct Out {
@@ -181,7 +207,7 @@ struct Out {
 inline void put(const Linear& l, const Out& out, int m, int p, const float* v) {
   if (out.after == GATE) {
     float* y = out.y + m * out.stride + p * BLOCK;
-    for (int i = 0; i < BLOCK; i++) y[i] = act(v[i], out.act) * v[BLOCK + i];
+    for (int i = 0; i < BLOCK; i += WIDTH) store(y + i, act(load(v + i), out.act) * load(v + BLOCK + i));
     return;
   }
   float* y = out.y + m * out.stride + p * PANEL;
@@ -194,32 +220,27 @@ inline void put(const Linear& l, const Out& out, int m, int p, const float* v) {
 
 // --- products, fp32 -------------------------------------------------------------------------------------------------------------
 
+constexpr int ROWS_FP32 = WIDTH == 16 ? 8 : 6;  // by two registers a row: the sums fit
+
 template <int M>
 void panel_fp32(const Linear& l, const float* x, long stride, int m0, int p, const Out& out) {
-  const float* a = l.w + (size_t)p * 2 * l.k * BLOCK;
-  const float* b = a + (size_t)l.k * BLOCK;
-  const float* bias = l.bias + p * PANEL;
   alignas(64) float v[M][PANEL];
-#if defined(__AVX512F__)
-  __m512 s[M][2];
-  for (int m = 0; m < M; m++) s[m][0] = _mm512_loadu_ps(bias), s[m][1] = _mm512_loadu_ps(bias + BLOCK);
-  for (int i = 0; i < l.k; i++) {
-    __m512 wa = _mm512_load_ps(a + (size_t)i * BLOCK), wb = _mm512_load_ps(b + (size_t)i * BLOCK);
-    for (int m = 0; m < M; m++) {
-      __m512 xi = _mm512_set1_ps(x[m * stride + i]);
-      s[m][0] = _mm512_fmadd_ps(xi, wa, s[m][0]);
-      s[m][1] = _mm512_fmadd_ps(xi, wb, s[m][1]);
+  for (int part = 0; part < PANEL; part += 2 * WIDTH) {  // AVX-512: both blocks at once; else halves or quarters of a block
+    int o = part % BLOCK, second = WIDTH == BLOCK ? l.k * BLOCK : WIDTH;
+    const float* w = l.w + ((size_t)p * 2 + part / BLOCK) * l.k * BLOCK + o;
+    Lanes s[M][2];
+    for (int m = 0; m < M; m++) s[m][0] = load(l.bias + p * PANEL + part), s[m][1] = load(l.bias + p * PANEL + part + WIDTH);
+    for (int i = 0; i < l.k; i++) {
+      Lanes a = load(w + (size_t)i * BLOCK), b = load(w + (size_t)i * BLOCK + second);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++) {
+        float xi = x[m * stride + i];
+        s[m][0] += xi * a;
+        s[m][1] += xi * b;
+      }
     }
+    for (int m = 0; m < M; m++) store(v[m] + part, s[m][0]), store(v[m] + part + WIDTH, s[m][1]);
   }
-  for (int m = 0; m < M; m++) _mm512_store_ps(v[m], s[m][0]), _mm512_store_ps(v[m] + BLOCK, s[m][1]);
-#else
-  for (int m = 0; m < M; m++) std::memcpy(v[m], bias, sizeof v[m]);
-  for (int i = 0; i < l.k; i++)
-    for (int m = 0; m < M; m++) {
-      float xi = x[m * stride + i];
-      for (int o = 0; o < BLOCK; o++) v[m][o] += xi * a[(size_t)i * BLOCK + o], v[m][BLOCK + o] += xi * b[(size_t)i * BLOCK + o];
-    }
-#endif
   for (int m = 0; m < M; m++) put(l, out, m0 + m, p, v[m]);
 }
 
@@ -254,25 +275,25 @@ void panel_portable(const Linear& l, const int8_t* x, const float* xs, int m0, i
 #if defined(__AVX2__)
 template <int M>
 void panel_avx2(const Linear& l, const int8_t* x, const float* xs, int m0, int p, const Out& out) {
-  // 8-bit products of two signed numbers, summed without saturation: widen to 16 bits, then madd. 16 bytes of weights = 4 outputs.
+  // |w| is unsigned and x takes w's sign. Two products make at most 2 * 127 * 127, which 16 bits hold. 32 bytes of weights = 8 outputs.
   const int8_t* w = l.q + (size_t)p * PANEL * l.depth;
+  const __m256i ones = _mm256_set1_epi16(1);
   alignas(64) int32_t sums[M][PANEL];
-  for (int part = 0; part < PANEL / 4; part++) {
-    const int8_t* block = w + (size_t)(part / 4) * BLOCK * l.depth + (part % 4) * 16;
+  for (int part = 0; part < PANEL / 8; part++) {
+    const int8_t* block = w + (size_t)(part / 2) * BLOCK * l.depth + (part % 2) * 32;
     __m256i s[M];
     for (int m = 0; m < M; m++) s[m] = _mm256_setzero_si256();
     for (int i = 0; i < l.depth / 4; i++) {
-      __m256i wi = _mm256_cvtepi8_epi16(_mm_load_si128((const __m128i*)(block + (size_t)i * 64)));
+      __m256i wi = _mm256_load_si256((const __m256i*)(block + (size_t)i * 64)), size = _mm256_abs_epi8(wi);
+#pragma GCC unroll 8
       for (int m = 0; m < M; m++) {
         int32_t four;
         std::memcpy(&four, x + (size_t)m * l.depth + i * 4, 4);
-        s[m] = _mm256_add_epi32(s[m], _mm256_madd_epi16(wi, _mm256_cvtepi8_epi16(_mm_set1_epi32(four))));
+        __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(_mm256_set1_epi32(four), wi));
+        s[m] = _mm256_add_epi32(s[m], _mm256_madd_epi16(pairs, ones));
       }
     }
-    for (int m = 0; m < M; m++) {  // pairs (k0 k1), (k2 k3) of each output stand side by side
-      __m128i sum = _mm_hadd_epi32(_mm256_castsi256_si128(s[m]), _mm256_extracti128_si256(s[m], 1));
-      _mm_store_si128((__m128i*)(sums[m] + part * 4), sum);
-    }
+    for (int m = 0; m < M; m++) _mm256_store_si256((__m256i*)(sums[m] + part * 8), s[m]);
   }
   for (int m = 0; m < M; m++) dequantise(l, sums[m], xs[m], m0 + m, p, out);
 }
@@ -414,13 +435,148 @@ void multiply(const Linear& l, const Input& in, int m, Range range, const Out& o
 #endif
   const PanelInt8* kernels = panels_int8(isa);
   for (int p = range.begin; p < range.end; p++)
-    for (int m0 = 0; m0 < m; m0 += ROWS) {
-      int rows = std::min(ROWS, m - m0);
+    for (int m0 = 0, most = l.int8 ? ROWS : ROWS_FP32; m0 < m; m0 += most) {
+      int rows = std::min(most, m - m0);
       if (l.int8)
         kernels[rows](l, in.q + (size_t)m0 * l.depth, in.scale + m0, m0, p, out);
       else
         PANELS_FP32[rows](l, in.x + m0 * in.stride, in.stride, m0, p, out);
     }
+}
+
+// --- attention ----------------------------------------------------------------------------------------------------------------
+
+inline float dot(const float* a, const float* b, int n) {
+  float s = 0;
+  for (int i = 0; i < n; i++) s += a[i] * b[i];
+  return s;
+}
+
+// One query group (the heads that share a key head) of one row against its keys: softmax(q k) v.
+void attend(const float* q, const float* keys, const float* values, long stride, int first, int length, int groups, int dim, float scale,
+            float* scores, float* y) {
+  int n = length - first;
+  for (int g = 0; g < groups; g++) {
+    float* s = scores + (size_t)g * n;
+    float most = -INFINITY;
+    for (int t = 0; t < n; t++) {
+      s[t] = dot(q + g * dim, keys + (first + t) * stride, dim) * scale;
+      most = std::max(most, s[t]);
+    }
+    float sum = 0;
+    int whole = n / WIDTH * WIDTH;
+    for (int t = 0; t < whole; t += WIDTH) store(s + t, exp(load(s + t) - most));
+    float rest[WIDTH] = {};
+    std::memcpy(rest, s + whole, (n - whole) * sizeof(float));
+    store(rest, exp(load(rest) - most));
+    std::memcpy(s + whole, rest, (n - whole) * sizeof(float));
+    for (int t = 0; t < n; t++) sum += s[t];
+    float r = 1.0f / sum;
+    for (int t = 0; t < n; t++) s[t] *= r;
+    for (int i = 0; i < dim; i++) y[g * dim + i] = 0;
+  }
+  for (int t = 0; t < n; t++) {
+    const float* v = values + (first + t) * stride;
+    for (int g = 0; g < groups; g++) {
+      float p = scores[(size_t)g * n + t];
+      for (int i = 0; i < dim; i++) y[g * dim + i] += p * v[i];
+    }
+  }
+}
+
+// Many rows of one prompt at once: keys are read once for all, and numbers of 16 queries stand side by side, so that neither keys nor
+// sums are turned round. Softmax goes along with the blocks of keys (Milakov & Gimelshein 2018, arXiv:1805.02867).
+constexpr int QUERIES = 3 * WIDTH, KEYS = 32;   // of a tile: row x head; of a block
+constexpr int AT_ONCE = WIDTH == 16 ? 8 : 4;  // keys, or dimensions, whose sums are in registers
+constexpr float MASKED = -1e30f;
+
+struct Tile {  // rows [row, row + count) are positions from `position` of one slot
+  int row, count;
+  int64_t slot, position;
+};
+
+struct Scratch {
+  std::vector<float> scores;                        // of one row
+  std::vector<float> queries, sums;                 // [dim][QUERIES]
+  float block[KEYS][QUERIES], most[QUERIES], total[QUERIES];
+};
+
+template <int V>
+void scores_of_block(const float* queries, const float* keys, long stride, int n, int dim, float (*out)[QUERIES]) {
+  for (int t = 0; t < n; t += AT_ONCE) {
+    Lanes s[AT_ONCE][V] = {};
+    const float* k[AT_ONCE];
+    for (int u = 0; u < AT_ONCE; u++) k[u] = keys + std::min(t + u, n - 1) * stride;
+    for (int i = 0; i < dim; i++)
+      for (int v = 0; v < V; v++) {
+        Lanes q = load(queries + i * QUERIES + v * WIDTH);
+#pragma GCC unroll 8
+        for (int u = 0; u < AT_ONCE; u++) s[u][v] += k[u][i] * q;
+      }
+    for (int u = 0; u < AT_ONCE && t + u < n; u++)
+      for (int v = 0; v < V; v++) store(out[t + u] + v * WIDTH, s[u][v]);
+  }
+}
+
+template <int V>
+void add_values(const float (*weights)[QUERIES], const float* values, long stride, int n, int dim, const float* shrink, float* sums) {
+  for (int i = 0; i < dim; i += AT_ONCE) {
+    Lanes s[AT_ONCE][V];
+    for (int u = 0; u < AT_ONCE; u++)
+      for (int v = 0; v < V; v++) s[u][v] = load(sums + (i + u) * QUERIES + v * WIDTH) * load(shrink + v * WIDTH);
+    for (int t = 0; t < n; t++)
+      for (int v = 0; v < V; v++) {
+        Lanes p = load(weights[t] + v * WIDTH);
+#pragma GCC unroll 8
+        for (int u = 0; u < AT_ONCE; u++) s[u][v] += values[t * stride + i + u] * p;
+      }
+    for (int u = 0; u < AT_ONCE; u++)
+      for (int v = 0; v < V; v++) store(sums + (i + u) * QUERIES + v * WIDTH, s[u][v]);
+  }
+}
+
+// scores [n][lanes] of keys from `first` -> their softmax's numerators; what the sums so far must shrink by
+void soften(Scratch& s, int lanes, int first, int n, const Tile& tile, int groups, int window, float* shrink) {
+  bool edge = first + n - 1 > tile.position || (window && first <= tile.position + tile.count - 1 - window);
+  for (int t = 0; edge && t < n; t++)
+    for (int j = 0; j < tile.count * groups; j++) {
+      long at = tile.position + j / groups, key = first + t;
+      if (key > at || (window && key <= at - window)) s.block[t][j] = MASKED;
+    }
+  for (int j = 0; j < lanes; j += WIDTH) {
+    Lanes before = load(s.most + j), most = before, total = load(s.total + j);
+    for (int t = 0; t < n; t++) most = max(most, load(s.block[t] + j));
+    Lanes less = exp(before - most);
+    total *= less;
+    for (int t = 0; t < n; t++) {
+      Lanes p = exp(load(s.block[t] + j) - most);
+      store(s.block[t] + j, p);
+      total += p;
+    }
+    store(s.most + j, most), store(s.total + j, total), store(shrink + j, less);
+  }
+}
+
+template <int V>
+void attend_tile(const Tile& tile, const float* q, long q_stride, const float* keys, const float* values, long stride, int window, int groups,
+                 int dim, float scale, Scratch& s, float* y, long y_stride) {
+  int all = tile.count * groups, last = (int)tile.position + tile.count, first = window ? std::max(0, (int)tile.position - window + 1) : 0;
+  s.queries.assign((size_t)dim * QUERIES, 0.0f);
+  s.sums.assign((size_t)dim * QUERIES, 0.0f);
+  for (int j = 0; j < QUERIES; j++) s.most[j] = MASKED, s.total[j] = 0;
+  for (int j = 0; j < all; j++)
+    for (int i = 0; i < dim; i++) s.queries[(size_t)i * QUERIES + j] = q[(j / groups) * q_stride + (j % groups) * dim + i] * scale;
+  alignas(64) float shrink[QUERIES];
+  for (int t = first; t < last; t += KEYS) {
+    int n = std::min(KEYS, last - t);
+    scores_of_block<V>(s.queries.data(), keys + t * stride, stride, n, dim, s.block);
+    soften(s, V * WIDTH, t, n, tile, groups, window, shrink);
+    add_values<V>(s.block, values + t * stride, stride, n, dim, shrink, s.sums.data());
+  }
+  for (int j = 0; j < all; j++) {
+    float r = 1.0f / s.total[j], *to = y + (j / groups) * y_stride + (j % groups) * dim;
+    for (int i = 0; i < dim; i++) to[i] = s.sums[(size_t)i * QUERIES + j] * r;
+  }
 }
 
 // --- the model ------------------------------------------------------------------------------------------------------------------
@@ -444,7 +600,7 @@ struct Model {
   int room = 0;
   std::vector<float> x, h, qkv, attended, gated, xs, cosines;
   std::vector<int8_t> q;
-  std::vector<std::vector<float>> scores;  // one a thread
+  std::vector<Scratch> scratch;  // one a thread
 };
 
 struct Step {  // what one call works on; arrays of n rows
@@ -471,42 +627,22 @@ void rotate(float* x, const float* c, const float* s, int half) {
   }
 }
 
-inline float dot(const float* a, const float* b, int n) {
-  float s = 0;
-  for (int i = 0; i < n; i++) s += a[i] * b[i];
-  return s;
-}
-
-// One query group (the heads that share a key head) of one row against its keys: softmax(q k) v.
-void attend(const float* q, const float* keys, const float* values, long stride, int first, int length, int groups, int dim, float scale,
-            float* scores, float* y) {
-  int n = length - first;
-  for (int g = 0; g < groups; g++) {
-    float* s = scores + (size_t)g * n;
-    float most = -INFINITY;
-    for (int t = 0; t < n; t++) {
-      s[t] = dot(q + g * dim, keys + (first + t) * stride, dim) * scale;
-      most = std::max(most, s[t]);
-    }
-    float sum = 0;
-    for (int t = 0; t < n; t++) sum += s[t] = std::exp(s[t] - most);
-    float r = 1.0f / sum;
-    for (int t = 0; t < n; t++) s[t] *= r;
-    for (int i = 0; i < dim; i++) y[g * dim + i] = 0;
-  }
-  for (int t = 0; t < n; t++) {
-    const float* v = values + (first + t) * stride;
-    for (int g = 0; g < groups; g++) {
-      float p = scores[(size_t)g * n + t];
-      for (int i = 0; i < dim; i++) y[g * dim + i] += p * v[i];
-    }
-  }
-}
-
 struct Run {
   Model& m;
   const Step& s;
+  std::vector<Tile> tiles;
   std::atomic<int> next{0};
+
+  Run(Model& model, const Step& step) : m(model), s(step) {
+    int most = m.dim % AT_ONCE ? 1 : std::max(1, QUERIES / (m.heads / m.kv_heads));  // rows of a tile
+    for (int r = 0; r < s.n; r++) {
+      Tile* t = tiles.empty() ? nullptr : &tiles.back();
+      if (t && t->count < most && s.slots[r] == t->slot && s.positions[r] == t->position + t->count)
+        t->count++;
+      else
+        tiles.push_back({r, 1, s.slots[r], s.positions[r]});
+    }
+  }
 
   Input input(const Linear& l, const float* x, long stride) { return {x, stride, m.q.data(), m.xs.data()}; }
 
@@ -541,7 +677,8 @@ struct Run {
       for (int r = rows.begin; r < rows.end; r++) place(l, &m.qkv[(size_t)r * all], s.slots[r], s.positions[r], keys, values);
       if (thread == 0) next.store(0, std::memory_order_relaxed);
       m.team->meet();
-      for (int task; (task = next.fetch_add(1, std::memory_order_relaxed)) < s.n * m.kv_heads;) attention(l, task, keys, values, thread);
+      int tasks = (int)tiles.size() * m.kv_heads;
+      for (int task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) attention(l, tasks - 1 - task, keys, values, thread);
       m.team->meet();
       prepare(*l.o, m.attended.data(), queries, rows);
       if (l.o->int8) m.team->meet();
@@ -577,14 +714,21 @@ struct Run {
     std::memcpy(values + at, qkv + m.heads * m.dim + kv, kv * sizeof(float));
   }
 
+  // The last tiles of a prompt have the most keys: they are begun first.
   void attention(const Layer& l, int task, const float* keys, const float* values, int thread) {
-    int r = task / m.kv_heads, head = task % m.kv_heads, groups = m.heads / m.kv_heads, kv = m.kv_heads * m.dim;
-    int length = (int)s.positions[r] + 1, first = l.window ? std::max(0, length - l.window) : 0;
-    auto& scores = m.scores[thread];
-    if (scores.size() < (size_t)groups * length) scores.resize((size_t)groups * length * 2);
-    long at = s.slots[r] * s.capacity * kv + head * m.dim, q = (long)r * (m.heads + 2 * m.kv_heads) * m.dim + head * groups * m.dim;
-    attend(&m.qkv[q], keys + at, values + at, kv, first, length, groups, m.dim, m.attention_scale, scores.data(),
-           &m.attended[((size_t)r * m.heads + head * groups) * m.dim]);
+    const Tile& t = tiles[task / m.kv_heads];
+    int head = task % m.kv_heads, groups = m.heads / m.kv_heads, kv = m.kv_heads * m.dim, all = (m.heads + 2 * m.kv_heads) * m.dim;
+    auto& scratch = m.scratch[thread];
+    long at = t.slot * s.capacity * kv + head * m.dim, queries = m.heads * m.dim;
+    const float* q = &m.qkv[(size_t)t.row * all + head * groups * m.dim];
+    float* y = &m.attended[(size_t)t.row * queries + head * groups * m.dim];
+    if (t.count == 1) {
+      int length = (int)t.position + 1, first = l.window ? std::max(0, length - l.window) : 0;
+      if (scratch.scores.size() < (size_t)groups * length) scratch.scores.resize((size_t)groups * length * 2);
+      return attend(q, keys + at, values + at, kv, first, length, groups, m.dim, m.attention_scale, scratch.scores.data(), y);
+    }
+    auto f = t.count * groups <= WIDTH ? attend_tile<1> : t.count * groups <= 2 * WIDTH ? attend_tile<2> : attend_tile<3>;
+    f(t, q, all, keys + at, values + at, kv, l.window, groups, m.dim, m.attention_scale, scratch, y, queries);
   }
 };
 
@@ -626,7 +770,7 @@ void* hasten_model(const int* sizes, const float* numbers, const float* embeddin
                       static_cast<Linear*>(head)};
   m->isa = std::min(sizes[7], best_isa());
   m->team = static_cast<Team*>(team);
-  m->scores.resize(m->team->size);
+  m->scratch.resize(m->team->size);
   return m;
 }
 
