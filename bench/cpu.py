@@ -8,10 +8,11 @@ model wrongly converted is never a peer. Then rounds: each rival in turn does so
 taken within a round; what is reported is their median with its interval. A step is tokens in, next tokens out; hasten's is `TokenEngine.step`,
 its pass alone stands beside it. Contexts grow by a token a step, alike for all, and are --context on average.
 
-Ceilings are printed first: the bytes of the weights, and of cached keys and values at 16 bits, over the bandwidth measured. The last line of
-stdout is one JSON document. Peers that are not installed are left out: `pip install 'hasten[peers]'` brings llama.cpp; OpenVINO's exporter wants
-an older transformers, so an environment with `pip install optimum-intel[openvino]` is named by its interpreter. llama.cpp crashes on processors
-with AMX where GCC 12 or older built it (the compiler drops half of the tiles' configuration).
+Ceilings are printed first: the bytes of the weights, and of cached keys and values at 16 bits, over the bandwidth measured; distances from
+them use the bandwidth of the same round, as that of a shared machine changes. The last line of stdout is one JSON document. Peers that are not
+installed are left out: `pip install 'hasten[peers]'` brings llama.cpp; OpenVINO's exporter wants an older transformers, so an environment with
+`pip install optimum-intel[openvino]` is named by its interpreter. llama.cpp crashes on processors with AMX where GCC 12 or older built it (the
+compiler drops half of the tiles' configuration).
 """
 
 from __future__ import annotations
@@ -167,8 +168,7 @@ def measured(
 ) -> dict[str, Any]:
     cells: dict[str, Any] = {"cold start": {name: rival.cold for name, rival in rivals.items()}}
     for batch in args.batches:
-        times = decode_rounds(rivals, batch, args, watches)
-        floors = {name: roofs[share(rival), batch].seconds for name, rival in rivals.items()}
+        times, floors = decode_rounds(rivals, roofs, batch, args, watches)
         cells[f"batch {batch}"] = cell(times, floors)
         report(f"batch {batch}, ms a step", cells[f"batch {batch}"], cells["cold start"])
     cells[f"prefill {PROMPT}"] = cell(prefill_rounds(rivals, args, watches), {})
@@ -181,17 +181,22 @@ def measured(
     return {**document, "settings": settings}
 
 
-def decode_rounds(rivals: dict[str, Process], batch: int, args: argparse.Namespace, watches: list[bool]) -> dict[str, Any]:
-    """name -> [(seconds a step, of which in the pass)] of each round."""
+def decode_rounds(
+    rivals: dict[str, Process], roofs: dict[tuple[float, int], Roofline], batch: int, args: argparse.Namespace, watches: list[bool]
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """name -> [(seconds a step, of which in the pass)] of each round, and name -> seconds that the round's own ceiling allows."""
     n = args.steps + 1
     for rival in rivals.values():
         rival.ask(fill=[batch, max(1, args.context - args.rounds * n // 2)])
     times: dict[str, Any] = {name: [] for name in rivals}
+    floors: dict[str, list[float]] = {name: [] for name in rivals}
     for names in watched(rivals, args.rounds, watches):
+        speeds = {part: bandwidth(roofs[part, batch].nbytes, repeats=5) for part in {share(rival) for rival in rivals.values()}}
         for name in names:
             said = rivals[name].ask(steps=n)
             times[name].append((middle(said["seconds"][1:]), middle(said["passes"][1:])))
-    return times
+            floors[name].append(roofs[share(rivals[name]), batch].nbytes / speeds[share(rivals[name])])
+    return times, floors
 
 
 def prefill_rounds(rivals: dict[str, Process], args: argparse.Namespace, watches: list[bool]) -> dict[str, Any]:
@@ -214,14 +219,15 @@ def watched(rivals: dict[str, Process], rounds: int, watches: list[bool]) -> Any
         watches.append(watch.contended)
 
 
-def cell(times: dict[str, list[tuple[float, float]]], floors: dict[str, float]) -> dict[str, Any]:
+def cell(times: dict[str, list[tuple[float, float]]], floors: dict[str, list[float]]) -> dict[str, Any]:
     """Milliseconds and distance from the ceiling of each rival, and seconds of ours over each other's, round by round."""
     rows = {}
     for name, pairs in times.items():
         whole, inside = zip(*pairs, strict=True)
         rows[name] = {"ms": interval([1e3 * s for s in whole]), "pass_ms": 1e3 * middle(inside)}
         if name in floors:
-            rows[name] |= {"ceiling_ms": 1e3 * floors[name], "over_ceiling": interval([s / floors[name] for s in whole])}
+            over = [s / floor for s, floor in zip(whole, floors[name], strict=True)]
+            rows[name] |= {"ceiling_ms": 1e3 * middle(floors[name]), "over_ceiling": interval(over)}
     ratios = {f"{a} / {b}": ratio(times[a], times[b]) for a in OURS if a in times for b in times if a != b}
     return {"rivals": rows, "ratios": ratios}
 
