@@ -124,6 +124,7 @@ def prepare(model: Any) -> Any:
 
     from hasten.lm.attention import attention
     from hasten.lm.linear import pack
+    from hasten.lm.norms import fuse
 
     why = why_not(model.config)
     if why:
@@ -134,7 +135,7 @@ def prepare(model: Any) -> Any:
         model.set_attn_implementation(ATTENTION)
     except (ValueError, AttributeError, KeyError) as e:
         raise UserError(f"{type(model).__name__}: its attention cannot be replaced ({_one_line(e)})") from None
-    return pack(model.eval().requires_grad_(False), spare_memory(model.device))
+    return pack(fuse(model.eval().requires_grad_(False)), spare_memory(model.device))
 
 
 def own(model: Any) -> None:
