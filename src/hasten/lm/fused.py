@@ -53,7 +53,7 @@ class FusedStep:
         self._check(model, int8)
 
     def takes(self, ids: torch.Tensor, plan: Any) -> bool:
-        return isinstance(plan, Plan) and (self.prompts or len(ids) <= self.rows)
+        return isinstance(plan, Plan) and not plan.branches and (self.prompts or len(ids) <= self.rows)
 
     def __call__(self, ids: torch.Tensor, positions: torch.Tensor, outputs: torch.Tensor | None, plan: Plan) -> torch.Tensor:
         """ids, positions [N] -> logits [outputs, vocabulary]; new keys and values go to the plan's cache."""
