@@ -39,6 +39,8 @@ SETTINGS: dict[str, Any] = {
     "ngram": {"decode": lambda: Ngram(Options(k=3, shortest=1, schedule="constant"))},
     "ngram in chunks": {"decode": lambda: Ngram(Options(k=5, shortest=1)), "step_tokens": 11, "max_rows": 4},
     "suffix": {"decode": lambda: Suffix(suffix.Options(k=5, schedule="constant")), "max_rows": 4},
+    "ngram trees": {"decode": lambda: Ngram(Options(k=7, shortest=1, schedule="constant", branches=3))},
+    "suffix trees": {"decode": lambda: Suffix(suffix.Options(k=8, schedule="constant", branches=3)), "max_rows": 4},
     "nothing shared": {"share": False, "retained": 0},
 }
 

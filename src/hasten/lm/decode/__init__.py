@@ -1,7 +1,7 @@
 """The decode seam: how the next piece is found. Propose several tokens, one forward pass, commit a part.
 
-A decode technique is one file with one class. A proposal is a chain of tokens or a tree of them (`lm/tree.py`). Proposals of all rows of a step go through the same forward pass, the constraint prunes them
-before it, and every row keeps as much as it accepts.
+A decode technique is one file with one class. A proposal is a chain of tokens or a tree of them (`lm/tree.py`). Proposals of all rows of a
+step go through the same forward pass, the constraint prunes them before it, and every row keeps as much as it accepts.
 """
 
 from __future__ import annotations

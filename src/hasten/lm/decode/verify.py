@@ -1,7 +1,8 @@
 """The verifier: how much of a proposal is committed, and what follows it. p is the draft's law at a position, q the target's, both processed
 (temperature, truncation, penalties), in float64.
 
-* `coupled`: the target chooses at every position with that position's own noise, and a proposal is kept while it agrees. What is committed is
+* `coupled`: the target chooses at every position with that position's own noise, and a proposal is kept while it agrees (of a tree the path
+  that agrees; nodes of one depth share their noise). What is committed is
   exactly what the target would have chosen one token at a time with the same noise, so output is identical to plain decoding at any
   temperature and whatever was proposed (Daliri et al. 2024, arXiv:2408.07978; transformers' rule for proposals without laws, made
   reproducible). A draft that draws with the same noise agrees with probability at least (1 - TV) / (1 + TV).
