@@ -106,12 +106,13 @@ def test_a_compiled_step_takes_trees(pairs: Any) -> None:
 
 
 def test_a_window_counts_positions_not_places() -> None:
-    """Two paths of two after a row of 3: the fourth node lies 4 places after the row's end and stands at position 4."""
+    """Two paths of two after a row of 3: the fourth node stands at position 4, its parent at position 3 but in place 5."""
     tree = merged([[5, 6], [7, 8]])
     seen = branched(Span(0, 2, 5, 0, tree), tree, 8, 3)
     assert seen.int().tolist() == [
         [0, 1, 1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 0, 0, 0], [0, 1, 1, 0, 0, 1, 0, 0], [0, 0, 1, 0, 0, 1, 1, 0]
     ]  # fmt: skip
+    assert (branched(Span(0, 2, 5, 0, tree), tree, 8, 1).int() == torch.eye(8, dtype=torch.int)[3:7]).all()
 
 
 @given(paths)
