@@ -195,6 +195,54 @@ class Either:
             self.trees.timed(positions, proposing, rest)
 
 
+class Switch(Constant):
+    """All of a proposal or nothing, for what must run for a while before it proposes anything good: on while tokens come faster so.
+
+    While it loses it is tried again, for RUN steps unless it turns out hopeless before, ever more rarely.
+    """
+
+    RUN, FIRST, LAST = 16, 128, 4096  # steps of a trial; steps between trials, at first and at most
+    HOPE = 1.0  # tokens a step that a trial may still be short of
+
+    def __init__(self, k: int) -> None:
+        super().__init__(k)
+        self.seconds: dict[tuple[int, bool], Recent] = {}  # of a step, by rows and whether it was on
+        self.gained = 1.0  # tokens kept a row and step
+        self.left, self.waited, self.pause = self.RUN, 0, self.FIRST
+        self.rows = 0
+
+    def lengths(self, rows: Sequence[Row], room: Sequence[int]) -> list[int]:
+        self.rows = len(rows)
+        return super().lengths(rows, room) if self._on() else [0] * len(rows)
+
+    def _on(self) -> bool:
+        off, on = (self.seconds.get((self.rows, x)) for x in (False, True))
+        if off is None:  # a plain step first: nothing can be compared without it
+            return False
+        worth = off.value / on.value if on else 1.0  # of a token in a step that is on, in tokens of one that is off
+        if (1 + self.gained) * worth > MARGIN:
+            self.waited, self.pause = 0, self.FIRST
+            return True
+        self.left = self.left - 1 if (1 + self.gained + self.HOPE) * worth > 1 else 0
+        if self.left > 0:
+            return True
+        self.waited += 1
+        if self.waited < self.pause:
+            return False
+        self.left, self.waited, self.pause = self.RUN, 0, min(2 * self.pause, self.LAST)
+        return True
+
+    def kept(self, row: Row, proposed: int, kept: int) -> None:
+        if proposed:
+            self.gained += 0.1 / max(self.rows, 1) * (kept - self.gained)
+
+    def walked(self, row: Row, tree: Tree, path: Sequence[int]) -> None:
+        self.kept(row, len(tree), len(path))
+
+    def timed(self, positions: int, proposing: float, rest: float, branching: bool | None = None) -> None:
+        self.seconds.setdefault((self.rows, branching is not None), Recent()).add(proposing + rest)
+
+
 class Recent:
     """The median of the last measurements."""
 
