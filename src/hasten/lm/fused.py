@@ -42,6 +42,8 @@ class FusedStep:
     rows: positions in a step at most where torch does prompts faster.
     """
 
+    trees = False  # a position sees all that lies before it in its row
+
     def __init__(self, model: Any, *, int8: bool = False, rows: int = 64) -> None:
         self.rows, isa = rows, build.isa()
         self.prompts = isa in ("vnni", "amx") or (int8 and isa == "avx2")  # whether torch is slower at long prompts as well

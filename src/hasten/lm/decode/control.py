@@ -167,30 +167,37 @@ class Either:
     def __init__(self, k: int, drafting: bool) -> None:
         self.chains, self.trees = Goodput(k, drafting), Trees(k, drafting)
         self.pause, self.waited = FIRST_PAUSE, 0
-        self.branching = False
+        self.branching = self.measured = False
+        self.bar, self.brought = 0.0, 0  # tokens a second that chains promise, and the tokens of this step
 
     def lengths(self, rows: Sequence[Row], room: Sequence[int]) -> list[int]:
         most = [max(0, min(self.trees.k, n)) for n in room]
         (chain, _), (tree, found) = self.chains.best(rows, most), self.trees.best(rows, most)
-        if tree > MARGIN * chain:
+        self.bar, self.brought = chain, len(rows)
+        if tree > MARGIN * chain and self.measured:
             self.waited, self.pause = 0, FIRST_PAUSE
         elif chain > 0:
             self.waited += 1
-            found = [n or min(TRIAL, m) for n, m in zip(found, most, strict=True)]
+            found = [max(n, min(TRIAL, m)) for n, m in zip(found, most, strict=True)]
         self.branching = chain > 0 and (self.waited == 0 or self.waited >= self.pause)
         return found if self.branching else self.chains.lengths(rows, room)
 
     def kept(self, row: Row, proposed: int, kept: int) -> None:
+        self.brought += kept
         self.chains.kept(row, proposed, kept)
 
     def walked(self, row: Row, tree: Tree, path: Sequence[int]) -> None:
-        if self.waited >= self.pause:  # the trial has taken place
-            self.waited, self.pause = 0, min(2 * self.pause, LAST_PAUSE)
+        self.brought += len(path)
         self.trees.walked(row, tree, path)
 
     def timed(self, positions: int, proposing: float, rest: float, branching: bool | None = None) -> None:
         if not branching:
             self.chains.timed(positions, proposing, rest)
+        self.measured = self.measured or bool(branching)
+        if self.waited >= self.pause and branching is not None:  # a trial has taken place
+            better = self.brought > self.bar * (proposing + rest)
+            self.waited = 0
+            self.pause = FIRST_PAUSE if better else min(2 * self.pause, LAST_PAUSE)
         if branching is not False:
             self.trees.timed(positions, proposing, rest)
 
@@ -292,6 +299,10 @@ class Speculation(Decode):
             self.schedule = Either(k, self.drafting) if branches > 1 else Goodput(k, self.drafting)
         self._tried: bool | None = None  # whether the last proposals had a tree among them; None: there were none
 
+    def bind(self, engine: Any) -> None:
+        if isinstance(self.schedule, Either) and not takes_trees(engine.model):
+            self.schedule.pause = LAST_PAUSE  # torch does them, at several times the cost of a step: not worth an early trial
+
     @property
     def branching(self) -> bool:
         return self.branches > 1 and (not isinstance(self.schedule, Either) or self.schedule.branching)
@@ -328,6 +339,11 @@ def check(name: str, k: int, schedule: str, branches: int = 1) -> None:
         raise UserError(f"{name}: k={k} must not be negative")
     if schedule not in SCHEDULES:
         raise UserError(f"{name}: schedule={schedule!r}: no such schedule{did_you_mean(schedule, SCHEDULES)}")
+
+
+def takes_trees(model: Any) -> bool:
+    """Whether what does a model's small steps does those with trees as well."""
+    return bool(getattr(getattr(model, "small_step", None), "trees", True))
 
 
 def check_trees(name: str, target: Any) -> None:
