@@ -45,7 +45,7 @@ class FusedStep:
     trees = False  # a position sees all that lies before it in its row
 
     def __init__(self, model: Any, *, int8: bool = False, rows: int = 64) -> None:
-        self.rows, isa = rows, build.isa()
+        self.rows, self.int8, isa = rows, int8, build.isa()
         self.prompts = isa in ("vnni", "amx") or (int8 and isa == "avx2")  # whether torch is slower at long prompts as well
         self.rotary = model.model.rotary_emb
         self.head = model.lm_head.weight.shape[0]

@@ -38,9 +38,12 @@ TRIAL = 4  # nodes of a tree that is tried
 
 
 class Schedule(Protocol):
-    """lengths: tokens each row may propose now. kept: so many of a row's proposed tokens were committed. walked: these nodes of its tree were.
+    """doubt: steps with trees are known to cost several times as much as others, and not worth an early trial. lengths: tokens each row may
+    propose now. kept: so many of a row's proposed tokens were committed. walked: these nodes of its tree were.
     timed: see `Decode`; branching: whether a tree was among what was proposed, None if nothing was.
     """
+
+    def doubt(self) -> None: ...
 
     def lengths(self, rows: Sequence[Row], room: Sequence[int]) -> list[int]: ...
 
@@ -56,6 +59,9 @@ class Constant:
 
     def __init__(self, k: int) -> None:
         self.k = k
+
+    def doubt(self) -> None:
+        pass
 
     def lengths(self, rows: Sequence[Row], room: Sequence[int]) -> list[int]:
         return [max(0, min(self.k, most)) for most in room]
@@ -83,15 +89,20 @@ class Heuristic(Constant):
 
 
 class Goodput:
-    """k at most. drafting: whether each proposed token costs a pass of a draft model (else proposing is a look-up, paid for anyway)."""
+    """k at most. drafting: whether proposed tokens cost a pass of a draft model (else proposing is a look-up, paid for anyway), for each `wide`
+    of them.
+    """
 
-    def __init__(self, k: int, drafting: bool) -> None:
-        self.k, self.drafting = k, drafting
+    def __init__(self, k: int, drafting: bool, wide: int = 1) -> None:
+        self.k, self.drafting, self.wide = k, drafting, wide
         self.steps = Curve()
         self.draft = Recent()  # seconds of one drafted position of all rows
         self.rates = np.full(max(k, 1), 0.7)  # of keeping the i-th token when those before it were kept
         self.pause, self.waited = FIRST_PAUSE, 0
-        self._asked = 0  # longest proposal of this step
+        self._asked = 0  # passes of the draft for this step
+
+    def doubt(self) -> None:
+        pass
 
     def lengths(self, rows: Sequence[Row], room: Sequence[int]) -> list[int]:
         most = [max(0, min(self.k, n)) for n in room]
@@ -102,7 +113,7 @@ class Goodput:
             self.waited += 1
             if self.waited >= self.pause:
                 found = [min(2, n) for n in most]
-        self._asked = max(found, default=0)
+        self._asked = -(-max(found, default=0) // self.wide)
         return found
 
     def best(self, rows: Sequence[Row], most: Sequence[int]) -> tuple[float, list[int]]:
@@ -115,7 +126,7 @@ class Goodput:
         order = np.argsort(-alive, axis=None, kind="stable")
         order = order[: int((alive > 0).sum())]
         tokens = len(rows) + np.concatenate([[0.0], alive.ravel()[order].cumsum()])
-        depth = np.concatenate([[0], np.maximum.accumulate(order % longest) + 1])
+        depth = np.concatenate([[0], np.maximum.accumulate(order % longest) // self.wide + 1])
         seconds = self.steps.at(len(rows) + np.arange(len(tokens))) + depth * (self.draft.value if self.drafting else 0.0)
         worth = tokens / seconds
         best = int(worth.argmax())
@@ -148,8 +159,8 @@ class Goodput:
 class Trees(Goodput):
     """Goodput of trees whose nodes come by falling probability: the i-th node's rate of being kept does not depend on how many follow it."""
 
-    def __init__(self, k: int, drafting: bool) -> None:
-        super().__init__(k, drafting)
+    def __init__(self, k: int, drafting: bool, wide: int = 1) -> None:
+        super().__init__(k, drafting, wide)
         self.reached = 0.5 * 0.9 ** np.arange(max(k, 1))
 
     def _alive(self, rows: Sequence[Row], longest: int) -> np.ndarray:
@@ -164,11 +175,14 @@ class Trees(Goodput):
 class Either:
     """Chains or trees, by the goodput that is expected of each; `branching` says which it is now."""
 
-    def __init__(self, k: int, drafting: bool) -> None:
-        self.chains, self.trees = Goodput(k, drafting), Trees(k, drafting)
+    def __init__(self, k: int, drafting: bool, wide: int = 1) -> None:
+        self.chains, self.trees = Goodput(k, drafting), Trees(k, drafting, wide)
         self.pause, self.waited = FIRST_PAUSE, 0
         self.branching = self.measured = False
         self.bar, self.brought = 0.0, 0  # tokens a second that chains promise, and the tokens of this step
+
+    def doubt(self) -> None:
+        self.pause = LAST_PAUSE
 
     def lengths(self, rows: Sequence[Row], room: Sequence[int]) -> list[int]:
         most = [max(0, min(self.trees.k, n)) for n in room]
@@ -216,7 +230,10 @@ class Switch(Constant):
         self.seconds: dict[tuple[int, bool], Recent] = {}  # of a step, by rows and whether it was on
         self.gained = 1.0  # tokens kept a row and step
         self.left, self.waited, self.pause = self.RUN, 0, self.FIRST
-        self.rows = 0
+        self.rows, self.guess = 0, 1.0
+
+    def doubt(self) -> None:
+        self.guess, self.pause = 0.0, self.LAST
 
     def lengths(self, rows: Sequence[Row], room: Sequence[int]) -> list[int]:
         self.rows = len(rows)
@@ -226,7 +243,7 @@ class Switch(Constant):
         off, on = (self.seconds.get((self.rows, x)) for x in (False, True))
         if off is None:  # a plain step first: nothing can be compared without it
             return False
-        worth = off.value / on.value if on else 1.0  # of a token in a step that is on, in tokens of one that is off
+        worth = off.value / on.value if on else self.guess  # of a token in a step that is on, in tokens of one that is off
         if (1 + self.gained) * worth > MARGIN:
             self.waited, self.pause = 0, self.FIRST
             return True
@@ -296,12 +313,12 @@ class Speculation(Decode):
         self.branches = branches
         self.schedule: Schedule = Heuristic(k) if schedule == "heuristic" else Constant(k)
         if schedule == "goodput":
-            self.schedule = Either(k, self.drafting) if branches > 1 else Goodput(k, self.drafting)
+            self.schedule = Either(k, self.drafting, branches) if branches > 1 else Goodput(k, self.drafting)
         self._tried: bool | None = None  # whether the last proposals had a tree among them; None: there were none
 
     def bind(self, engine: Any) -> None:
-        if isinstance(self.schedule, Either) and not takes_trees(engine.model):
-            self.schedule.pause = LAST_PAUSE  # torch does them, at several times the cost of a step: not worth an early trial
+        if not takes_trees(engine.model):
+            self.schedule.doubt()
 
     @property
     def branching(self) -> bool:
