@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from hasten.lm.decode import theory
-from hasten.lm.decode.control import FIRST_PAUSE, Curve, Goodput, Heuristic, check
+from hasten.lm.decode.control import FIRST_PAUSE, Curve, Either, Goodput, Heuristic, Switch, Trees, check, check_trees
+from hasten.lm.tree import Tree
 from hasten.values import UserError
 
 
@@ -77,6 +78,62 @@ def test_while_none_is_best_trials_are_rare_and_rarer() -> None:
     assert trials[-1] - trials[-2] > 8 * FIRST_PAUSE
 
 
+def branch(schedule: Either, steps: int, first: float, second: float, extra: float, seed: int = 0) -> float:
+    """Share of trees among the proposals of simulated steps: two first tokens that are right by turns so often, chains of the first alone.
+
+    extra: seconds of a step with a tree over those of one with a chain.
+    """
+    rand, one, trees, proposals = random.Random(seed), rows(1), 0, 0
+    for _ in range(steps):
+        n = schedule.lengths(one, [64])[0]
+        branching, hit = schedule.branching and n > 1, rand.random()
+        if branching:
+            tree = Tree((1, 2, *range(n - 2)), (-1, -1, *[0] * (n - 2)))
+            schedule.walked(one[0], tree, [0] if hit < first else [1] if hit < first + second else [])
+        else:
+            schedule.kept(one[0], n, int(hit < first))
+        schedule.timed(1 + n, 0.0, 1 + 0.02 * n + extra * branching, branching if n else None)
+        trees, proposals = trees + branching, proposals + (n > 0)
+    return trees / max(proposals, 1)
+
+
+def test_trees_are_proposed_where_they_bring_more_and_only_there() -> None:
+    assert branch(Either(6, False), 400, 0.4, 0.4, 0.0) > 0.8
+    assert branch(Either(6, False), 400, 0.7, 0.05, 0.3) < 0.2
+    assert branch(Either(6, False), 400, 0.4, 0.4, 3.0) < 0.2
+    schedule = Either(6, False)
+    branch(schedule, 400, 0.7, 0.05, 0.3)
+    branch(schedule, 4000, 0.3, 0.6, 0.0)
+    assert branch(schedule, 400, 0.3, 0.6, 0.0) > 0.8, "trees must be tried again"
+
+
+def test_nodes_of_a_tree_are_reckoned_by_how_often_they_were_kept() -> None:
+    schedule = Trees(4, False)
+    for _ in range(100):
+        schedule.walked(rows(1)[0], Tree((1, 2, 3, 4), (-1, -1, 1, 2)), [1, 2])
+    assert schedule.reached.round(1).tolist() == [0, 1, 1, 0]
+
+
+def switched(schedule: Switch, steps: int, kept: int, cost: float) -> list[bool]:
+    out = []
+    for _ in range(steps):
+        n = schedule.lengths(rows(1), [9])[0]
+        schedule.kept(rows(1)[0], n, kept)
+        schedule.timed(1 + n, 0.0, cost if n else 1.0, True if n else None)
+        out.append(n > 0)
+    return out
+
+
+def test_what_is_proposed_whole_is_on_while_it_gains_and_seldom_tried_while_it_loses() -> None:
+    assert switched(Switch(5), 100, 1, 1.5) == [False] + [True] * 99
+    losing = Switch(5)
+    assert switched(losing, 20, 0, 1.2)[1:12] == [True] * 11, "a trial lasts"
+    tried = switched(losing, 3000, 0, 1.2)
+    assert 16 < sum(tried) < 16 * 6
+    assert sum(switched(Switch(5), 100, 0, 9.0)) == 1, "what is hopeless ends at once"
+    assert sum(switched(losing, 9000, 2, 1.2)) > 4000
+
+
 def test_a_look_up_that_finds_nothing_is_no_trial() -> None:
     schedule, one = Goodput(4, drafting=False), rows(1)
     schedule.rates[:] = 0.01
@@ -108,3 +165,7 @@ def test_bad_options() -> None:
         check("draft", -1, "goodput")
     with pytest.raises(UserError, match="did you mean 'goodput'"):
         check("draft", 1, "goodputs")
+    with pytest.raises(UserError, match="branches=0 must be at least 1"):
+        check("ngram", 1, "goodput", 0)
+    with pytest.raises(UserError, match="ngram: branches: trees go through torch"):
+        check_trees("ngram: branches", SimpleNamespace(model=SimpleNamespace(small_step=SimpleNamespace(int8=True))))

@@ -11,7 +11,8 @@ from conftest import CONFIGS, reference
 
 from hasten.engine import run
 from hasten.lm.constrain.allowed import Allowed
-from hasten.lm.decode import suffix
+from hasten.lm.decode import lookahead, suffix
+from hasten.lm.decode.lookahead import Lookahead
 from hasten.lm.decode.ngram import Ngram, Options
 from hasten.lm.decode.suffix import Suffix
 from hasten.lm.engine import TokenEngine
@@ -39,6 +40,9 @@ SETTINGS: dict[str, Any] = {
     "ngram": {"decode": lambda: Ngram(Options(k=3, shortest=1, schedule="constant"))},
     "ngram in chunks": {"decode": lambda: Ngram(Options(k=5, shortest=1)), "step_tokens": 11, "max_rows": 4},
     "suffix": {"decode": lambda: Suffix(suffix.Options(k=5, schedule="constant")), "max_rows": 4},
+    "ngram trees": {"decode": lambda: Ngram(Options(k=7, shortest=1, schedule="constant", branches=3))},
+    "suffix trees": {"decode": lambda: Suffix(suffix.Options(k=8, schedule="constant", branches=3)), "max_rows": 4},
+    "lookahead": {"decode": lambda: Lookahead(lookahead.Options(window=3, ngram=3, guesses=3, schedule="constant"))},
     "nothing shared": {"share": False, "retained": 0},
 }
 

@@ -13,6 +13,7 @@ import torch
 
 from hasten import rng
 from hasten.lm.decode import theory, verify
+from hasten.lm.tree import ROOT, Growing, Tree
 
 V, K, LENGTH = 4, 3, 5
 LIMIT = 1e-5  # of a chi-square test; a few dozen are made
@@ -94,6 +95,85 @@ def reused(seed: int, start: int) -> verify.Uniform:
 @pytest.mark.parametrize(("rule", "uniform"), [(resampled, None), (verify.rejection, shared), (verify.block, reused)])
 def test_planted_bugs_are_seen(rule: Rule, uniform: Any) -> None:
     assert worst(rule, 3000, uniform) < LIMIT
+
+
+def grown(text: list[int], u: verify.Uniform) -> tuple[Tree, dict[int, torch.Tensor]]:
+    """Two children without replacement from the chain P of the row's last token and of each child; the last node's children are certain."""
+    tree, laws = Growing(), {}
+    for node in (ROOT, 0, 1):
+        laws[node] = P[text[-1] if node == ROOT else tree.tokens[node]]
+        for token in verify.several(laws[node], 2, lambda i, node=node: u(verify.DRAFT, 10 * (node + 1) + i)):  # type: ignore[misc]
+            tree.add(node, token)
+    for token in (2, 0):
+        tree.add(5, token)
+    return tree.tree(), laws
+
+
+Walk = Callable[[Tree, dict[int, torch.Tensor], torch.Tensor, verify.Uniform], list[int]]
+
+
+def worst_of_trees(walk: Walk, runs: int) -> float:
+    """As `worst`, of rounds over trees; the type of a round's first position is how many tokens the round before it has kept."""
+    seen: dict[tuple[str, int], Counter[int]] = {}
+    for seed in range(runs):
+        text, kind = [0], "first"
+        while len(text) <= LENGTH:
+            u = partial(rng.uniform, seed, len(text))
+            tree, laws = grown(text, u)
+            new = walk(tree, laws, Q[torch.tensor([text[-1], *tree.tokens])], u)
+            seen.setdefault((kind, text[-1]), Counter())[new[0]] += 1
+            kind, text = f"after {len(new)}", text + new
+        for i, token in enumerate(text[1 : LENGTH + 1]):
+            seen.setdefault((f"position {i}", text[i]), Counter())[token] += 1
+    return min(p_value(c, Q[before]) for (_, before), c in seen.items() if sum(c.values()) > 200)
+
+
+def test_rounds_over_a_tree_have_the_targets_law_at_every_position_type() -> None:
+    assert worst_of_trees(verify.rounds, 6000) > LIMIT
+
+
+def with_replacement(tree: Tree, laws: dict[int, torch.Tensor], q: torch.Tensor, u: verify.Uniform) -> list[int]:
+    """The second child is judged as if it could have been the first again."""
+    original, verify._without = verify._without, lambda law, token: law
+    try:
+        return verify.rounds(tree, laws, q, u)
+    finally:
+        verify._without = original
+
+
+def from_the_target(tree: Tree, laws: dict[int, torch.Tensor], q: torch.Tensor, u: verify.Uniform) -> list[int]:
+    """What follows the last node that is kept is drawn from q, as if nothing had been refused there."""
+    new = verify.rounds(tree, laws, q, u)
+    node = [ROOT, *tree.follow(new[:-1])][-1]
+    return [*new[:-1], verify.drawn(q[node + 1], u(verify.AFTER, node + 1))]
+
+
+def one_number(tree: Tree, laws: dict[int, torch.Tensor], q: torch.Tensor, u: verify.Uniform) -> list[int]:
+    """All children of a round are judged by the same number."""
+    return verify.rounds(tree, laws, q, lambda purpose, i: u(purpose, 0 if purpose == verify.ACCEPT else i))
+
+
+@pytest.mark.parametrize("walk", [with_replacement, from_the_target, one_number])
+def test_planted_bugs_of_trees_are_seen(walk: Walk) -> None:
+    assert worst_of_trees(walk, 3000) < LIMIT
+
+
+def test_a_second_child_is_kept_where_the_first_is_not_and_a_full_set_always() -> None:
+    """Without replacement all tokens together leave nothing to refuse."""
+    everything = Tree((3, 2, 1, 0), (-1, -1, -1, -1))
+    kept = {n: 0 for n in (1, 2, 4)}
+    for seed in range(2000):
+        u = partial(rng.uniform, seed)
+        tokens = tuple(verify.several(P[1], V, lambda i, u=u: u(verify.DRAFT, i)))
+        for n in kept:
+            kept[n] += len(verify.rounds(Tree(tokens, everything.parents).head(n), {ROOT: P[1]}, Q[[1, *tokens[:n]]], u)) > 1
+    assert abs(kept[1] / 2000 - float(torch.minimum(P[1], Q[1]).sum())) < 0.045
+    assert kept[1] < kept[2] < kept[4] == 2000
+
+
+def test_without_replacement_each_token_comes_once() -> None:
+    law = torch.tensor([0.0, 0.5, 0.3, 0.2])
+    assert sorted(verify.several(law, 9, lambda i: 0.5)) == [1, 2, 3] and verify.several(law, 1, lambda i: 0.01) == [1]
 
 
 def test_certain_proposals_need_no_law() -> None:

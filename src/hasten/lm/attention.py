@@ -11,22 +11,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from hasten.lm.cache import RaggedCache
+from hasten.lm.tree import Tree
 
 SHORT = 16  # rows with at most so many new tokens (decoding, speculation) share one cluster
 
 
 @dataclass(frozen=True)
 class Span:
-    """Work of one row: `n` new tokens at packed offset `offset`, written at positions start.. of `slot`."""
+    """Work of one row: `n` new tokens at packed offset `offset`, written at positions start.. of `slot`; the last of them may be a tree's nodes."""
 
     slot: int
     start: int
     n: int
     offset: int
+    tree: Tree | None = None
 
 
 class Cluster:
@@ -81,6 +84,9 @@ class Cluster:
         seen = key <= query
         if window is not None:
             seen &= key > query - window
+        for i, s in enumerate(self.rows):
+            if s is not None and s.tree is not None:
+                seen[i, s.n - len(s.tree) : s.n] = branched(s, s.tree, self.length, window).to(self.device)
         mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill_(~seen, float("-inf"))
         return mask.repeat(1, groups, 1)[:, None]
 
@@ -112,6 +118,11 @@ class Plan:
 
     def __init__(self, cache: RaggedCache, spans: Sequence[Span]) -> None:
         self.cache, self.spans = cache, spans
+
+    @property
+    def branches(self) -> bool:
+        """Whether some row's new tokens are a tree, so that what a token sees is not all that lies before it."""
+        return any(s.tree is not None for s in self.spans)
 
     @cached_property
     def where(self) -> torch.Tensor:
@@ -145,6 +156,23 @@ class Plan:
                 _, source, target = c.indices
                 out.index_copy_(0, target, part.index_select(0, source))
         return out[None]
+
+
+def branched(span: Span, tree: Tree, length: int, window: int | None) -> torch.Tensor:
+    """bool [nodes, length]: the keys that each node of a row's tree sees, everything before the tree and its ancestors in it.
+
+    A window counts positions, and a node's is its depth after the tree's start, wherever its key is stored.
+    """
+    first = span.start + span.n - len(tree)
+    seen = np.zeros((len(tree), length), dtype=bool)
+    seen[:, :first] = True
+    seen[:, first : first + len(tree)] = tree.sees
+    if window is not None:
+        depths = np.array(tree.depths)
+        position = np.arange(length)
+        position[first : first + len(tree)] = first + depths
+        seen &= position[None] > first + depths[:, None] - window
+    return torch.from_numpy(seen)
 
 
 def grouped(spans: Sequence[Span]) -> list[list[Span]]:

@@ -2,7 +2,7 @@
 
 One buffer [layers, 2, slots, capacity, kv_heads * head_dim] holds keys and values of all rows. Rows in use fill the lowest slots, so a
 batch of them is a view and never a copy; finished rows stay behind them, least recently used first to go, as sources of prefixes. The
-verbs are `allocate`, `fork`, `truncate`, `release`; nothing outside this file knows where a row lies.
+verbs are `allocate`, `fork`, `truncate` (or `compact`), `release`; nothing outside this file knows where a row lies.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class RaggedCache:
         self._clock = 0
         self._by_head: dict[tuple[int, ...], set[Entry]] = {}
 
-    # --- the four verbs -------------------------------------------------------------------------------------------------------
+    # --- the verbs -------------------------------------------------------------------------------------------------------
 
     def allocate(self, planned: list[int], length: int) -> Entry | None:
         """A new empty row that will hold `length` positions; None when the budget has no room for it."""
@@ -119,6 +119,16 @@ class RaggedCache:
     def truncate(self, entry: Entry, n: int) -> None:
         """Keep the first n positions; the rest is forgotten by rewinding, nothing moves."""
         del entry.tokens[n:]
+
+    def compact(self, entry: Entry, start: int, kept: Sequence[int]) -> None:
+        """Keep what lies before `start` and of what follows it the positions start + kept[i] (kept rises), closed up; the rest is forgotten."""
+        still = next((i for i, k in enumerate(kept) if i != k), len(kept))  # these stand where they belong
+        moving = [start + k for k in kept[still:]]
+        if moving:
+            to = start + still
+            self.data[:, :, entry.slot, to : to + len(moving)] = self.data[:, :, entry.slot, moving]
+            entry.tokens[to : to + len(moving)] = [entry.tokens[i] for i in moving]
+        self.truncate(entry, start + len(kept))
 
     def release(self, entry: Entry, *, retain: bool = True) -> None:
         """The row is no longer in use; retained, it serves as a source of prefixes until its slot is needed."""

@@ -23,6 +23,7 @@ from hasten.lm.decode import Decode
 from hasten.lm.decode.plain import Plain
 from hasten.lm.limits import Limits
 from hasten.lm.scheduler import Row, Scheduler, Work
+from hasten.lm.tree import Tree
 from hasten.usage import Usage
 from hasten.values import Event, Key, Request, Result, UserError
 
@@ -133,10 +134,12 @@ class TokenEngine:
         ready = [w for w in works if w.n == 1 and w.outputs == 1 and w.row.generated and not w.row.request.score]
         room = [min(w.row.limit - w.row.generated - 1, self.cache.max_len - len(w.row.tokens)) for w in ready]
         for work, proposal in zip(ready, self.decode.propose([w.row for w in ready], room), strict=True):
-            work.proposal = proposal if not proposal or self.scheduler.extend(work, len(proposal)) else []
+            if proposal and self.scheduler.extend(work, len(proposal)):
+                work.take(proposal)
         if self.constraint is not None:
             for work in works:
-                work.proposal, work.states = pruned(self.constraint, work.row.constraint_state, work.proposal)
+                proposal, work.states = pruned(self.constraint, work.row.constraint_state, work.offered)
+                work.take(proposal)
 
     def _forward(self, works: Sequence[Work]) -> torch.Tensor:
         """Outputs at the positions where they are needed, row after row: [sum of outputs, vocabulary] (a reward model: [.., 1])."""
@@ -146,9 +149,9 @@ class TokenEngine:
         spans: list[Span] = []
         for w in works:
             tokens, entry = w.row.tokens[w.start : w.start + w.n] + w.proposal, w.row.held
-            spans.append(Span(entry.slot, w.start, w.width, len(ids)))
+            spans.append(Span(entry.slot, w.start, w.width, len(ids), w.tree))
             ids += tokens
-            positions += range(w.start, w.start + w.width)
+            positions += range(w.start, w.start + w.width) if w.tree is None else _positions(w, w.tree)
             outputs += range(len(ids) - len(w.proposal) - w.outputs, len(ids) if w.outputs else len(ids) - len(w.proposal))
             entry.tokens += tokens
         device = self.cache.shape.device
@@ -200,7 +203,7 @@ class TokenEngine:
         start = 0
         for w, span in picks:
             stop = start + span.stop - span.start
-            committed = self.decode.accept(w.row, w.proposal, chosen.tokens[start:stop], chosen.logits[start:stop])
+            committed = self.decode.accept(w.row, w.offered, chosen.tokens[start:stop], chosen.logits[start:stop])
             self._append(w, committed, rows[start:stop], now)
             start = stop
 
@@ -216,7 +219,8 @@ class TokenEngine:
         return stop == len(row.tokens) and row.limit > 0
 
     def _choices(self, w: Work) -> list[sampler.Choice]:
-        return [self.choice(w.row, w.proposal[:i]) for i in range(len(w.proposal) + 1)]
+        before = [w.proposal[:i] for i in range(len(w.proposal) + 1)] if w.tree is None else map(w.tree.path, range(-1, len(w.tree)))
+        return [self.choice(w.row, drafted) for drafted in before]
 
     def choice(self, row: Row, drafted: Sequence[int]) -> sampler.Choice:
         """How a row's token after some proposed ones is to be chosen."""
@@ -236,7 +240,9 @@ class TokenEngine:
         return self.constraint.mask([state for w in works for state in w.states], logits.shape[-1], logits.device)
 
     def _append(self, w: Work, committed: Sequence[int], raw: torch.Tensor, now: float) -> None:
-        """Commit tokens one by one until one ends the answer; what is stored beyond them is rewound."""
+        """Commit tokens one by one until one ends the answer; what is stored beyond them is rewound. raw: outputs of the row's own last token
+        and of each proposed one.
+        """
         row, s = w.row, w.row.request.sampling
         ends, kept, finish = self._ends(row), 0, ""
         for token in committed:
@@ -254,7 +260,12 @@ class TokenEngine:
             for token in committed[:kept]:
                 row.constraint_state = self.constraint.advance(row.constraint_state, token)
         row.accepted += max(0, min(kept, len(committed) - 1))
-        self.cache.truncate(row.held, len(row.tokens) - 1)
+        if w.tree is None:
+            self.cache.truncate(row.held, len(row.tokens) - 1)
+        else:
+            path = w.tree.follow(committed[: kept - 1])
+            self.cache.compact(row.held, w.start + w.n, path)
+            raw = raw[[0, *(node + 1 for node in path)]]
         row.first, row.last = row.first or now, now
         if s.logprobs is not None:
             row.logprobs += sampler.logprobs(raw[:kept], committed[:kept], s.logprobs)
@@ -322,6 +333,12 @@ class _Group:
 
     def __init__(self, rows: list[Row]) -> None:
         self.rows, self.open = rows, len(rows)
+
+
+def _positions(w: Work, tree: Tree) -> list[int]:
+    """Where the tokens of a row with a tree stand: nodes of one depth at the same position."""
+    first = w.start + w.n
+    return [*range(w.start, first), *(first + depth for depth in tree.depths)]
 
 
 def _with_others(first: Result, others: list[Result]) -> Result:

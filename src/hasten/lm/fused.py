@@ -42,8 +42,10 @@ class FusedStep:
     rows: positions in a step at most where torch does prompts faster.
     """
 
+    trees = False  # a position sees all that lies before it in its row
+
     def __init__(self, model: Any, *, int8: bool = False, rows: int = 64) -> None:
-        self.rows, isa = rows, build.isa()
+        self.rows, self.int8, isa = rows, int8, build.isa()
         self.prompts = isa in ("vnni", "amx") or (int8 and isa == "avx2")  # whether torch is slower at long prompts as well
         self.rotary = model.model.rotary_emb
         self.head = model.lm_head.weight.shape[0]
@@ -53,7 +55,7 @@ class FusedStep:
         self._check(model, int8)
 
     def takes(self, ids: torch.Tensor, plan: Any) -> bool:
-        return isinstance(plan, Plan) and (self.prompts or len(ids) <= self.rows)
+        return isinstance(plan, Plan) and not plan.branches and (self.prompts or len(ids) <= self.rows)
 
     def __call__(self, ids: torch.Tensor, positions: torch.Tensor, outputs: torch.Tensor | None, plan: Plan) -> torch.Tensor:
         """ids, positions [N] -> logits [outputs, vocabulary]; new keys and values go to the plan's cache."""

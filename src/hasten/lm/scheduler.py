@@ -15,6 +15,7 @@ from itertools import islice
 from typing import Any
 
 from hasten.lm.cache import HEAD, Entry, RaggedCache, common_prefix
+from hasten.lm.tree import Proposal, Tree, shaped
 from hasten.usage import Cost
 from hasten.values import Key, Request, TokenLogprob
 
@@ -86,7 +87,9 @@ class Row:
 
 @dataclass(slots=True)
 class Work:
-    """What one row does in a step: compute tokens[start : start + n] and then `proposal`; outputs at the last `outputs` positions."""
+    """What one row does in a step: compute tokens[start : start + n] and then `proposal` (the nodes of `tree`, or a chain); outputs at the last
+    `outputs` positions.
+    """
 
     row: Row
     start: int
@@ -94,6 +97,17 @@ class Work:
     proposal: list[int] = field(default_factory=list)
     states: list[Hashable] = field(default_factory=list)
     outputs: int = 0
+    tree: Tree | None = None
+
+    def take(self, proposal: Proposal) -> None:
+        proposal = shaped(proposal)
+        self.tree = proposal if isinstance(proposal, Tree) else None
+        self.proposal = list(proposal.tokens) if isinstance(proposal, Tree) else proposal
+
+    @property
+    def offered(self) -> Proposal:
+        """The proposal as its technique may ask for it."""
+        return self.proposal if self.tree is None else self.tree
 
     @property
     def width(self) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from hasten.lm.tree import ROOT, Growing, Proposal, Tree
+
 if TYPE_CHECKING:
     import torch
 
@@ -21,8 +23,10 @@ class Constraint(Protocol):
     def mask(self, states: Sequence[Hashable], vocabulary: int, device: torch.device) -> torch.Tensor: ...
 
 
-def pruned(constraint: Constraint, state: Hashable, proposal: Sequence[int]) -> tuple[list[int], list[Hashable]]:
+def pruned(constraint: Constraint, state: Hashable, proposal: Proposal) -> tuple[Proposal, list[Hashable]]:
     """The part of a proposal that the constraint permits, and the state at each of its positions and after it."""
+    if isinstance(proposal, Tree):
+        return _pruned_tree(constraint, state, proposal)
     kept, states = [], [state]
     for token in proposal:
         if not constraint.permits(states[-1], token):
@@ -30,3 +34,15 @@ def pruned(constraint: Constraint, state: Hashable, proposal: Sequence[int]) -> 
         kept.append(token)
         states.append(constraint.advance(states[-1], token))
     return kept, states
+
+
+def _pruned_tree(constraint: Constraint, state: Hashable, tree: Tree) -> tuple[Tree, list[Hashable]]:
+    """What a node that is not permitted would have led to goes with it."""
+    grown, states = Growing(), [state]
+    new = {ROOT: ROOT}  # where nodes that stay have come to stand
+    for node, (token, parent) in enumerate(zip(tree.tokens, tree.parents, strict=True)):
+        if parent in new and constraint.permits(states[new[parent] + 1], token):
+            new[node] = grown.add(new[parent], token)
+            if new[node] + 1 == len(states):
+                states.append(constraint.advance(states[new[parent] + 1], token))
+    return grown.tree(), states

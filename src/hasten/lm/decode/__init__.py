@@ -1,13 +1,15 @@
 """The decode seam: how the next piece is found. Propose several tokens, one forward pass, commit a part.
 
-A decode technique is one file with one class. Proposals of all rows of a step go through the same forward pass, the constraint prunes them
-before it, and every row keeps as much as it accepts.
+A decode technique is one file with one class. A proposal is a chain of tokens or a tree of them (`lm/tree.py`). Proposals of all rows of a
+step go through the same forward pass, the constraint prunes them before it, and every row keeps as much as it accepts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from hasten.lm.tree import Proposal, Tree
 
 if TYPE_CHECKING:
     import torch
@@ -22,13 +24,14 @@ class Decode:
     def bind(self, engine: Any) -> None:
         """Called once, by the engine that will use it."""
 
-    def propose(self, rows: Sequence[Row], room: Sequence[int]) -> list[list[int]]:
-        """Tokens to try after each row's own, at most room[i] of them (empty: none). Called with all rows that decode in this step."""
+    def propose(self, rows: Sequence[Row], room: Sequence[int]) -> Sequence[Proposal]:
+        """What to try after each row's own tokens, no path longer than room[i] (empty: nothing). Called with all rows that decode in this step."""
         return [[] for _ in rows]
 
-    def accept(self, row: Row, proposal: Sequence[int], chosen: Sequence[int], logits: torch.Tensor) -> list[int]:
-        """What to commit of one row, given its proposal, the target's own choice at each position (one more than the proposal), and the
-        processed logits [len(proposal) + 1, vocabulary] those choices were made from.
+    def accept(self, row: Row, proposal: Proposal, chosen: Sequence[int], logits: torch.Tensor) -> list[int]:
+        """What to commit of one row, given its proposal (as the constraint left it), the target's own choice after the row's last token and
+        after each proposed one (so one more than the proposal), and the processed logits [len(proposal) + 1, vocabulary] of those choices.
+        All but the last token committed are a path of the proposal.
         """
         return coupled(proposal, chosen)
 
@@ -43,8 +46,10 @@ class Decode:
         return {}
 
 
-def coupled(proposal: Sequence[int], chosen: Sequence[int]) -> list[int]:
+def coupled(proposal: Proposal, chosen: Sequence[int]) -> list[int]:
     """The part of a proposal that agrees with the target's choices, and its first choice after it (see `verify`); one choice more than proposed."""
+    if isinstance(proposal, Tree):
+        return proposal.walk(chosen)
     kept = 0
     while kept < len(proposal) and proposal[kept] == chosen[kept]:
         kept += 1

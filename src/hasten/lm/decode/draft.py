@@ -25,6 +25,7 @@ from hasten.lm.cache import Entry, RaggedCache, Shape, common_prefix
 from hasten.lm.decode import verify
 from hasten.lm.decode.control import Speculation, check
 from hasten.lm.decode.verify import Uniform
+from hasten.lm.tree import Proposal, Tree
 from hasten.usage import Cost
 from hasten.values import UserError, did_you_mean
 
@@ -239,8 +240,8 @@ class Draft(Speculation):
 
     # --- verifying ------------------------------------------------------------------------------------------------------------------
 
-    def verify(self, row: Row, proposal: Sequence[int], chosen: Sequence[int], logits: torch.Tensor) -> list[int]:
-        if self.options.mode == "coupled":
+    def verify(self, row: Row, proposal: Proposal, chosen: Sequence[int], logits: torch.Tensor) -> list[int]:
+        if isinstance(proposal, Tree) or self.options.mode == "coupled":
             return verify.coupled(proposal, chosen)
         q = sampler.laws(logits, [row.request.sampling] * len(logits))
         if not proposal:

@@ -5,16 +5,21 @@ A tree of all substrings up to `depth` tokens counts how often each occurred. Th
 holds finished answers, the oldest given up first. For each matching suffix the most frequent continuation is followed while its estimated
 probability stays above `least`, at most `factor` tokens for each token matched; the proposal with the largest expected number of accepted
 tokens wins, so a long match earns a long proposal and no match costs nothing.
+
+With `branches` above 1 the likeliest continuations of all matching suffixes, in both trees, are tried at once as a tree of k nodes.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hasten.lm.decode.control import Speculation, check
+from hasten.lm.decode.control import Speculation, check, check_trees
+from hasten.lm.tree import ROOT, Growing, Proposal
 from hasten.values import UserError
 
 if TYPE_CHECKING:
@@ -26,7 +31,8 @@ class Options:
     """k: tokens proposed at most. depth: longest substring that is counted. factor: tokens proposed for each token matched, at most.
 
     least: probability, by counts, below which a continuation is not followed. memory: tokens of finished answers that are kept (0: none).
-    schedule: how many of k are proposed, goodput (as many as pay, none included), constant or heuristic.
+    schedule: how many of k are proposed, goodput (as many as pay, none included), constant or heuristic. branches: continuations that are
+    followed where they part (1: the most frequent one).
     """
 
     k: int = 16
@@ -35,9 +41,10 @@ class Options:
     least: float = 0.1
     memory: int = 100_000
     schedule: str = "goodput"
+    branches: int = 1
 
     def __post_init__(self) -> None:
-        check("suffix", self.k, self.schedule)
+        check("suffix", self.k, self.schedule, self.branches)
         if self.memory < 0:
             raise UserError(f"suffix: memory={self.memory} must not be negative")
         if self.depth < 2 or self.factor <= 0 or not 0 <= self.least <= 1:
@@ -126,6 +133,30 @@ def _path(node: Node, count: int, most: int, least: float) -> tuple[float, list[
     return score, tokens
 
 
+def branching(found: Sequence[Match], n: int, branches: int, factor: float, least: float) -> Proposal:
+    """The n likeliest nodes after any suffix that matches in any tree, by falling probability; of each node the `branches` most frequent children.
+
+    A match of m tokens is believed m / (m + 1), so that of what occurred once a longer match goes first and others still get their turn.
+    """
+    grown, tie = Growing(), itertools.count()
+    heap: list[tuple[float, int, int, int, Node, int]] = []  # (- probability, tie, parent, token, node, how far from there)
+
+    def push(parent: int, probability: float, node: Node, most: int) -> None:
+        total = sum(child.count for child in node.after.values())
+        for token, child in heapq.nlargest(branches, node.after.items(), key=lambda item: item[1].count) if most > 0 else ():
+            p = probability * child.count / total
+            if p >= least:
+                heapq.heappush(heap, (-p, next(tie), parent, token, child, most - 1))
+
+    for match in found:
+        for length, node in reversed([*enumerate(match, 1)]):
+            push(ROOT, length / (length + 1), node, int(factor * length))
+    while heap and len(grown.tokens) < n:
+        p, _, parent, token, node, most = heapq.heappop(heap)
+        push(grown.add(parent, token), -p, node, most)
+    return grown.tree()
+
+
 class State:
     """What a row remembers: its own tree, and where its end stands in it."""
 
@@ -139,16 +170,16 @@ class Suffix(Speculation):
     """Proposals from the request's own past and from answers given before."""
 
     def __init__(self, options: Options) -> None:
-        super().__init__(options.k, options.schedule)
+        super().__init__(options.k, options.schedule, options.branches)
         self.options = options
         self.shared = Tree(options.depth)
         self.kept: deque[tuple[int, ...]] = deque()
         self.held = 0
 
-    def draft(self, rows: Sequence[Row], lengths: Sequence[int]) -> list[list[int]]:
+    def draft(self, rows: Sequence[Row], lengths: Sequence[int]) -> list[Proposal]:
         return [self._one(row, k) for row, k in zip(rows, lengths, strict=True)]
 
-    def _one(self, row: Row, k: int) -> list[int]:
+    def _one(self, row: Row, k: int) -> Proposal:
         o = self.options
         if k <= 0:
             return []
@@ -158,6 +189,9 @@ class Suffix(Speculation):
         for token in row.tokens[state.seen :]:
             state.at = state.tree.grow(state.at, token)
         state.seen = len(row.tokens)
+        if self.branching:
+            others = [self._found(row.tokens)] if self.kept else []
+            return branching([state.at, *others], k, self.branches, o.factor, o.least)
         own = continuation(state.at, k, o.factor, o.least, open_end=1)
         return max(own, continuation(self._found(row.tokens), k, o.factor, o.least))[1] if self.kept else own[1]
 
@@ -184,4 +218,6 @@ class Suffix(Speculation):
 
 
 def build(options: Options, target: Any = None) -> Suffix:
+    if options.branches > 1:
+        check_trees("suffix: branches", target)
     return Suffix(options)
