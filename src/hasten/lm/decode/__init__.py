@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from hasten.lm.scheduler import Row
+    from hasten.lm.scheduler import Row, Work
     from hasten.usage import Cost
 
 
@@ -21,6 +21,9 @@ class Decode:
 
     def bind(self, engine: Any) -> None:
         """Called once, by the engine that will use it."""
+
+    def planned(self, works: Sequence[Work]) -> None:
+        """Called first in every step, with all that it will compute."""
 
     def propose(self, rows: Sequence[Row], room: Sequence[int]) -> list[list[int]]:
         """Tokens to try after each row's own, at most room[i] of them (empty: none). Called with all rows that decode in this step."""
@@ -41,6 +44,9 @@ class Decode:
     def costs(self, row: Row) -> Mapping[str, Cost]:
         """What other models did for a row, by role."""
         return {}
+
+    def close(self) -> None:
+        """End what runs beside this process, if there is anything."""
 
 
 def coupled(proposal: Sequence[int], chosen: Sequence[int]) -> list[int]:
