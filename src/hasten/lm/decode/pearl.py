@@ -199,22 +199,26 @@ class Pearl(Decode):
             return
         length = self.window.length(len(mine))
         try:
-            told = [self._lane(w.row).tell(*self._asks(w, length)) for w in mine]
-            self._say(do="go_on", rows=told)
+            asks = [(self._lane(w.row), *ask) for w in mine if (ask := self._ask(w, length))]
         except Gone as gone:
             self._alone(gone)
             return
-        self._asked, self._rows = [w.row.decode_state for w in mine], len(mine)
+        if not asks:
+            return
+        self._say(do="go_on", rows=[lane.tell(tokens, wanted) for lane, tokens, wanted in asks])
+        self._asked, self._rows = [lane for lane, *_ in asks], len(mine)
         self._apart()
         self._sent = time.perf_counter()
 
-    def _asks(self, work: Work, length: int) -> tuple[list[int], int]:
-        """The tokens of a row that the drafter shall have, and how many more are of use: none while the target still reads the prompt."""
-        row, lane, end = work.row, work.row.decode_state, work.start + work.n
+    def _ask(self, work: Work, length: int) -> tuple[list[int], int] | None:
+        """The tokens of a row that the drafter shall have, and how many more (none while the target still reads the prompt); None at its end."""
+        row, end = work.row, work.start + work.n
         if end < len(row.tokens):
             return row.tokens[:end], 0
-        left = min(row.limit - row.generated, self.engine.cache.max_len - len(row.tokens)) - len(lane.rest)
-        return row.tokens, max(0, min(length, left - (self.options.mode == "coupled")))
+        rest = len(row.decode_state.rest) if row.decode_state else 0
+        left = min(row.limit - row.generated, self.engine.cache.max_len - len(row.tokens)) - rest
+        wanted = min(length, left - (self.options.mode == "coupled"))
+        return (row.tokens, wanted) if wanted > 0 else None
 
     def _lane(self, row: Row) -> Lane:
         """The row's; the drafter is told of it when it is new."""
