@@ -74,7 +74,9 @@ class Loaded:
         return list(run(self.engines["target"], many).values())
 
     def close(self) -> None:
-        """End what runs beside this process, if there is anything (`workers`)."""
+        """End what runs beside this process, if there is anything (`workers`, `pearl`)."""
+        for engine in self.engines.values():
+            engine.decode.close()
 
     def __enter__(self) -> Loaded:
         return self
@@ -176,6 +178,8 @@ def _engine(recipe: Recipe, slots: dict[str, list[Use]], target: Target, threads
     from hasten.lm.engine import TokenEngine
 
     count = _threads(threads, target.model)
+    if beside := sum(map(_beside, slots.get("decode", ()))):
+        count = max(1, min(count, cpu.topology().cores - beside))
     with cpu.using(count):  # what is built for so many threads
         why = techniques.why_not(recipe, target)
         if why:
@@ -184,6 +188,12 @@ def _engine(recipe: Recipe, slots: dict[str, list[Use]], target: Target, threads
             target.model = _build(use, target)
         parts = {slot: _build(slots[slot][0], target) for slot in ("decode", "constraint") if slot in slots}
         return TokenEngine(target.model, target.tokenizer, threads=count, **parts, **options | _reuse(slots, target))
+
+
+def _beside(use: Use) -> int:
+    """Cores that a technique needs for itself, beside the target's."""
+    cores = getattr(techniques.module_of(use.name), "cores", None)
+    return cores(techniques.options_for(use)) if cores else 0
 
 
 def _threads(threads: str | int, model: Any) -> int:

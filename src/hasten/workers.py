@@ -10,13 +10,9 @@ the reading of the weights among fewer, and a prompt's prefix is reused only whe
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import json
 import os
 import selectors
-import signal
-import subprocess
 import sys
 import time
 import weakref
@@ -26,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hasten import cpu, hf, wire
+from hasten.child import Child, stop
 from hasten.cpu import Topology
 from hasten.lm import text
 from hasten.lm.limits import Limits
@@ -35,55 +32,15 @@ from hasten.strategies.drive import refuse
 from hasten.values import Event, Key, Request, Result, UserError
 
 POLL = 0.01  # seconds that a step waits for news at most
-PATIENCE = 5.0  # seconds that a process has to end by itself
 COMMAND = (sys.executable, "-P", "-c", "from hasten.worker import main; main()")
 
 
-class Replica:
-    """One process: its pipes, and how many samples it has to answer."""
+class Replica(Child):
+    """One process, and how many samples it has to answer."""
 
     def __init__(self, index: int, command: Sequence[str]) -> None:
-        path = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        # a process group of its own: Ctrl-C reaches us alone, and we end it
-        self.process = subprocess.Popen(command, env={**os.environ, **path}, process_group=0, **pipes)  # type: ignore[call-overload]
-        self.index, self.load, self.said, self._part = index, 0, "", b""
-
-    def send(self, message: Mapping[str, Any]) -> None:
-        with contextlib.suppress(BrokenPipeError):  # it has ended: the end of its output will say so
-            self.process.stdin.write(json.dumps(message).encode() + b"\n")
-            self.process.stdin.flush()
-
-    def read(self) -> list[dict[str, Any]] | None:
-        """The messages that have come, once there is something to read; None at the end."""
-        data = os.read(self.process.stdout.fileno(), 1 << 20)
-        *lines, self._part = (self._part + data).split(b"\n")
-        return [json.loads(line) for line in lines] if data else None
-
-    def end(self) -> str:
-        """How a process whose output has ended ended, in words."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(PATIENCE)
-        _stop([self])
-        code = self.process.returncode
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        why = self.said or ("the memory was full, perhaps" if code == -signal.SIGKILL else "")
-        return f"worker {self.index} {how}" + (f" ({why})" if why else "")
-
-
-def _stop(replicas: list[Replica]) -> None:
-    """End processes and wait for them: none is left, not even as a zombie."""
-    for replica in replicas:
-        with contextlib.suppress(OSError):
-            replica.process.stdin.close()  # which ends it
-    for replica in replicas:
-        try:
-            replica.process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            replica.process.kill()
-            replica.process.wait()
-        replica.process.stdout.close()
-    replicas.clear()
+        super().__init__(f"worker {index}", command)
+        self.index, self.load = index, 0
 
 
 @dataclass(eq=False, slots=True)
@@ -120,7 +77,7 @@ class Workers:
         self.roles: dict[str, Limits] = {}
         self.strategy, self.threads = False, 0
         self._replicas: list[Replica] = []
-        self.close = weakref.finalize(self, _stop, self._replicas)  # at the latest when this is forgotten, or Python ends
+        self.close = weakref.finalize(self, stop, self._replicas)  # at the latest when this is forgotten, or Python ends
         self._ears = selectors.DefaultSelector()
         self._serial = itertools.count()
         self._asked: dict[int, _Asked] = {}

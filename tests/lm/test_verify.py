@@ -161,7 +161,7 @@ def test_planted_bugs_of_trees_are_seen(walk: Walk) -> None:
 def test_a_second_child_is_kept_where_the_first_is_not_and_a_full_set_always() -> None:
     """Without replacement all tokens together leave nothing to refuse."""
     everything = Tree((3, 2, 1, 0), (-1, -1, -1, -1))
-    kept = {n: 0 for n in (1, 2, 4)}
+    kept = dict.fromkeys((1, 2, 4), 0)
     for seed in range(2000):
         u = partial(rng.uniform, seed)
         tokens = tuple(verify.several(P[1], V, lambda i, u=u: u(verify.DRAFT, i)))

@@ -120,6 +120,7 @@ class TokenEngine:
         with cpu.using(self.threads):  # torch counts them for each thread of Python: whoever steps has to say
             works = self.scheduler.plan()
             began = time.perf_counter()
+            self.decode.planned(works)
             self._propose(works)
             proposed = time.perf_counter()
             if works:
@@ -224,11 +225,7 @@ class TokenEngine:
 
     def choice(self, row: Row, drafted: Sequence[int]) -> sampler.Choice:
         """How a row's token after some proposed ones is to be chosen."""
-        s = row.request.sampling
-        full = bool(s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty)
-        history = [*row.tokens, *drafted] if full else ()
-        banned = self._ends(row) if row.generated + len(drafted) < s.min_tokens else ()
-        return sampler.Choice(s, row.sample, len(row.tokens) + len(drafted), history, row.prompt, banned)
+        return sampler.choice(row, drafted, self._ends(row))
 
     def _ends(self, row: Row) -> tuple[int, ...]:
         s = row.request.sampling

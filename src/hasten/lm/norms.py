@@ -33,7 +33,7 @@ def fuse(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def same(module: nn.Module, eps: float) -> bool:
-    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    weight: torch.Tensor = module.weight
     if weight.device.type != "cpu":
         return False
     generator = torch.Generator().manual_seed(0)

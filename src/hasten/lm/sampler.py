@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from hasten import rng
 from hasten.values import Sampling, TokenLogprob
+
+if TYPE_CHECKING:
+    from hasten.lm.scheduler import Row
 
 TOKEN = 1  # the purpose part of a noise key
 
@@ -32,6 +36,15 @@ class Choice:
     history: Sequence[int] = ()
     prompt: int = 0
     banned: Sequence[int] = ()
+
+
+def choice(row: Row, drafted: Sequence[int], ends: tuple[int, ...]) -> Choice:
+    """How a row's token after some proposed ones is to be chosen. ends: ids that end an answer, not allowed before min_tokens."""
+    s = row.request.sampling
+    full = bool(s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty)
+    history = [*row.tokens, *drafted] if full else ()
+    banned = ends if row.generated + len(drafted) < s.min_tokens else ()
+    return Choice(s, row.sample, len(row.tokens) + len(drafted), history, row.prompt, banned)
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ from hasten.lm.tree import Proposal, Tree
 if TYPE_CHECKING:
     import torch
 
-    from hasten.lm.scheduler import Row
+    from hasten.lm.scheduler import Row, Work
     from hasten.usage import Cost
 
 
@@ -23,6 +23,9 @@ class Decode:
 
     def bind(self, engine: Any) -> None:
         """Called once, by the engine that will use it."""
+
+    def planned(self, works: Sequence[Work]) -> None:
+        """Called first in every step, with all that it will compute."""
 
     def propose(self, rows: Sequence[Row], room: Sequence[int]) -> Sequence[Proposal]:
         """What to try after each row's own tokens, no path longer than room[i] (empty: nothing). Called with all rows that decode in this step."""
@@ -44,6 +47,9 @@ class Decode:
     def costs(self, row: Row) -> Mapping[str, Cost]:
         """What other models did for a row, by role."""
         return {}
+
+    def close(self) -> None:
+        """End what runs beside this process, if there is anything."""
 
 
 def coupled(proposal: Proposal, chosen: Sequence[int]) -> list[int]:

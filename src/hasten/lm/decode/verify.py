@@ -34,11 +34,8 @@ def rejection(proposal: Sequence[int], p: torch.Tensor | None, q: torch.Tensor, 
     keep: weight w of the exact rule; below 1 more is accepted, min(1, 1 - w + w q / p), which trades bias for rejections (see `theory`).
     """
     for i, token in enumerate(proposal):
-        drafted = 1.0 if p is None else float(p[i, token])
-        if uniform(ACCEPT, i) * drafted < (1 - keep) * drafted + keep * float(q[i, token]):
-            continue
-        left = _without(q[i], token) if p is None else torch.clamp(q[i] - p[i], min=0)
-        return [*proposal[:i], drawn(left if left.sum() > 0 else q[i], uniform(AFTER, i))]
+        if not accepts(1.0 if p is None else float(p[i, token]), float(q[i, token]), uniform(ACCEPT, i), keep):
+            return [*proposal[:i], instead(token, None if p is None else p[i], q[i], uniform(AFTER, i))]
     return [*proposal, drawn(q[len(proposal)], uniform(AFTER, len(proposal)))]
 
 
@@ -78,6 +75,17 @@ def several(law: torch.Tensor, n: int, uniform: Callable[[int], float]) -> list[
     return out
 
 
+def accepts(p: float, q: float, u: float, keep: float = 1.0) -> bool:
+    """Whether a token that the draft gives probability p and the target q is kept, by the uniform number u."""
+    return u * p < (1 - keep) * p + keep * q
+
+
+def instead(token: int, p: torch.Tensor | None, q: torch.Tensor, u: float) -> int:
+    """What takes the place of a token that was refused: drawn from (q - p)+. p, q [V]; p None: the token was certain."""
+    left = _without(q, token) if p is None else torch.clamp(q - p, min=0)
+    return drawn(left if left.sum() > 0 else q, u)
+
+
 def block(proposal: Sequence[int], p: torch.Tensor, q: torch.Tensor, uniform: Uniform) -> list[int]:
     """Tokens to commit, verified jointly. p [k, V], q [k + 1, V]."""
     kept, ratio, at = 0, 1.0, 1.0
@@ -106,4 +114,4 @@ def _without(q: torch.Tensor, token: int) -> torch.Tensor:
     return left
 
 
-__all__ = ["ACCEPT", "AFTER", "DRAFT", "block", "coupled", "drawn", "rejection", "rounds", "several"]
+__all__ = ["ACCEPT", "AFTER", "DRAFT", "accepts", "block", "coupled", "drawn", "instead", "rejection", "rounds", "several"]
