@@ -162,9 +162,12 @@ def cut(model: Any, layers: int) -> Any:
 
 def _cut(model: Any, layers: int) -> Any:
     text = model.config.get_text_config(decoder=True)
-    if not 1 <= layers < text.num_hidden_layers:
-        raise UserError(f"{type(model).__name__}: cut after layer {layers}: it has {text.num_hidden_layers}, so 1 to {text.num_hidden_layers - 1}")
-    where, name = _stack(model, text.num_hidden_layers)
+    n = text.num_hidden_layers
+    if not 1 <= layers < n:
+        raise UserError(
+            f"{type(model).__name__}: it has {n} layers, so an exit is after layer 1 to {n - 1}, not {layers}"
+        )
+    where, name = _stack(model, n)
     short = shared_copy(model)
     short.config = copy.deepcopy(model.config)
     text = short.config.get_text_config(decoder=True)
