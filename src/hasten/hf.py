@@ -164,9 +164,7 @@ def _cut(model: Any, layers: int) -> Any:
     text = model.config.get_text_config(decoder=True)
     n = text.num_hidden_layers
     if not 1 <= layers < n:
-        raise UserError(
-            f"{type(model).__name__}: it has {n} layers, so an exit is after layer 1 to {n - 1}, not {layers}"
-        )
+        raise UserError(f"{type(model).__name__}: it has {n} layers, so an exit is after layer 1 to {n - 1}, not {layers}")
     where, name = _stack(model, n)
     short = shared_copy(model)
     short.config = copy.deepcopy(model.config)

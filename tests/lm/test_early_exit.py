@@ -175,6 +175,26 @@ def test_what_cannot_be_cut_is_refused_with_the_reason(pairs: Any) -> None:
         hasten.load("zoo:arith-prm-s +early_exit")
 
 
+@pytest.mark.parametrize("transform", ["native", "int8", "int8(fused=false)", "compile(backend=eager,graphs=false)"])
+def test_the_exit_of_a_transformed_model(transform: str) -> None:
+    """The exit is cut from what the transforms made, and takes steps in one call where the model does."""
+    from hasten.native import build
+
+    if build.why_not() is not None and transform != "compile(backend=eager,graphs=false)":
+        pytest.skip(f"native code: {build.why_not()}")
+    plain = hasten.load(f"zoo:arith-s +{transform}")
+    quick = hasten.load(f"zoo:arith-s +{transform} +early_exit(layers=2,schedule=constant)")
+    asked = ["a = 7 ; b = a * 3 ; c = b + a ; ? c :", "k = 2 ; d = 5 ; e = k * d ; ? e :"]
+    s = Sampling(max_tokens=24)
+    a, b = plain.generate(asked, s), quick.generate(asked, s)
+    assert [r.text for r in a] == [r.text for r in b]
+    assert b[0].usage.by_role["exit"].generated > 0
+    technique = quick.engines["target"].decode
+    assert isinstance(technique, EarlyExit)
+    if transform in ("native", "int8"):
+        assert technique.model.small_step.int8 == (transform == "int8")
+
+
 def test_the_whole_model_stays_as_it_was(pairs: Any) -> None:
     _, ours = pairs("qwen2")
     before = (ours.config.num_hidden_layers, list(ours.config.layer_types), len(ours.model.layers), hf.facts(ours).layers)

@@ -80,20 +80,16 @@ def train(
     run = Run(name, s, steps or s.tokens // per_step(s))
     if resume:
         run.load()
-    from hasten.zoo import save
+    from hasten.zoo import layerskip, save
 
     where = Path(out) if out else cache(name) / "model"
     if s.kind == "text":
         words = python.tokenizer(path(s.start)) if s.start else python.build()
         tokens = python.stream(words, python.files("train"))
-        run.go(seconds, progress, lambda step: python.loss_of(run.model, tokens, s.seed, step, step / run.steps))
-        return save.policy(run.model, where, run.record() | {"text": python.record()}, python.fast(words))
-    if s.exits:
-        from hasten.zoo import layerskip
-
-        run.go(seconds, progress, lambda step: layerskip.loss_of(run.model, batch(s, step, step / run.steps), step))
-    else:
-        run.go(seconds, progress, lambda step: loss_of(run.model, batch(s, step, step / run.steps)))
+        loss = layerskip.loss_of if s.exit else python.loss_of
+        run.go(seconds, progress, lambda step: loss(run.model, tokens, s.seed, step, step / run.steps))
+        return save.policy(run.model, where, run.record() | {"text": python.record()}, python.fast(words), exit_layers=s.exit)
+    run.go(seconds, progress, lambda step: loss_of(run.model, batch(s, step, step / run.steps)))
     return save.policy(run.model, where, run.record())
 
 
@@ -106,14 +102,14 @@ def batch(s: Spec, step: int, done: float) -> data.Batch:
     return data.batch(s.seed, step, ROWS, most(done, s.start is not None), slips(done))
 
 
-def grow(model: Llama, small: Llama, front: bool = False) -> None:
-    """Start from a smaller model of the same width: its layers are spread evenly, or are the first ones, and the others begin by adding nothing.
+def grow(model: Llama, small: Llama) -> None:
+    """Start from a smaller model of the same width: its layers are spread evenly, and those between begin by adding nothing.
 
     The grown model computes what the small one did (depth growth by identity layers, as in Chen et al. 2015, Net2Net, 1511.05641).
     """
     model.model.embed_tokens.load_state_dict(small.model.embed_tokens.state_dict())
     model.model.norm.load_state_dict(small.model.norm.state_dict())
-    apart = 1 if front else len(model.model.layers) // len(small.model.layers)
+    apart = len(model.model.layers) // len(small.model.layers)
     for i, layer in enumerate(model.model.layers):
         if i % apart == 0 and i // apart < len(small.model.layers):
             layer.load_state_dict(small.model.layers[i // apart].state_dict())
@@ -135,7 +131,7 @@ class Run:
         if s.start:
             from hasten.zoo import sample
 
-            grow(self.model, sample.load(s.start), front=s.exits)
+            grow(self.model, sample.load(s.start))
         self.optimizer = Muon(self.model, lr=s.rate, adam_lr=s.adam)
         self.file = cache(name) / "checkpoint.pt"
 

@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """layers: that draft, from the first (0: a third of them). k: tokens proposed at most. mode: coupled, rejection or block (see `verify`).
+    """layers: that draft, from the first (0: as the model's config says in `exit_layers`, else a quarter of them). k: tokens proposed at most.
 
-    schedule: how many of k are proposed: goodput (as many as pay, none included; default with coupled), constant (default otherwise) or
-    heuristic. confidence: stop drafting where the exit's likeliest token is less likely than this. ensemble_weight: below 1 more is accepted
-    than is exact (rejection only; approximate).
+    mode: coupled, rejection or block (see `verify`). schedule: how many of k are proposed: goodput (as many as pay, none included; default
+    with coupled), constant (default otherwise) or heuristic. confidence: stop drafting where the exit's likeliest token is less likely than
+    this. ensemble_weight: below 1 more is accepted than is exact (rejection only; approximate).
     """
 
     layers: int = 0
@@ -74,7 +74,8 @@ class EarlyExit(Draft):
 
 def chosen(options: Options, model: Any) -> int:
     """The number of layers that draft."""
-    return options.layers or max(1, model.config.get_text_config(decoder=True).num_hidden_layers // 3)
+    config = model.config.get_text_config(decoder=True)
+    return options.layers or int(getattr(config, "exit_layers", 0)) or max(1, config.num_hidden_layers // 4)
 
 
 def why_not(options: Options, target: Any) -> str | None:
