@@ -52,6 +52,7 @@ _ALL = (
     Technique("suffix", "decode", "lm", "identical", "propose what usually followed before", "arXiv:2411.04975", "hasten.lm.decode.suffix"),
     Technique("draft", "decode", "lm", "identical", "a smaller model proposes, for all rows at once", "arXiv:2211.17192", "hasten.lm.decode.draft"),
     Technique("early_exit", "decode", "lm", "identical", "its own first layers propose", "arXiv:2404.16710", "hasten.lm.decode.early_exit"),
+    Technique("stairs", "decode", "lm", "identical", "a draft, checked one output a row", "arXiv:2407.19947", "hasten.lm.decode.stairs"),
     Technique("allowed", "constraint", "lm", "identical", "commit only tokens of a fixed set", "", "hasten.lm.constrain.allowed"),
     Technique("prefix", "reuse", "lm", "identical", "compute a shared prefix once", "arXiv:2312.07104", "hasten.lm.prefix"),
     Technique("vote", "strategy", "any", "approximate", "most frequent answer of n samples", "arXiv:2203.11171", "hasten.strategies.vote"),
