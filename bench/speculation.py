@@ -1,9 +1,11 @@
 """Speculative decoding against plain decoding in the same engine, and against transformers' assisted generation, in one run.
 
-    python bench/speculation.py [--models python 135m] [--batches 1 4 16] [--pairs 15] [--tokens 256] [--threads 0]
+    python bench/speculation.py [--models python python-exit 135m] [--batches 1 4 16] [--pairs 15] [--tokens 256] [--threads 0]
 
 python: the zoo's python-m with python-s as its draft, native steps for both. edit: prompts that hold a held-out file and ask for it again,
-greedy; source: held-out files, greedy; sampled: the same at temperature 1 (text that repeats itself little). 135m: random weights of
+greedy; source: held-out files, greedy; sampled: the same at temperature 1 (text that repeats itself little). python-exit: the same with
+python-m-exit, which drafts for itself through its first layer (`early_exit`); `kept` is what it would be worth if checking went on from the
+exit's states, so that no layer ran twice: seconds of a round as it is over one without the first layers' share of the check. 135m: random weights of
 SmolLM2-135M's shape with a random draft of two layers, which agrees with it by chance only; greedy text of random weights repeats itself.
 
 A pair is plain and a technique on the same prompts, in turn; what counts is the ratio of wall seconds, prompts included, so a draft pays for
@@ -27,7 +29,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hasten import hf
 from hasten.engine import run
-from hasten.lm.decode import Decode, draft, ngram, suffix
+from hasten.lm.attention import Plan, Span
+from hasten.lm.decode import Decode, draft, early_exit, ngram, suffix
 from hasten.lm.engine import TokenEngine
 from hasten.lm.fused import Unfit, attach
 from hasten.measure.machine import Watch, describe
@@ -38,7 +41,8 @@ SHAPE = {
     "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
     "max_position_embeddings": 2048, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
 }  # fmt: skip
-TECHNIQUES = ("ngram", "suffix", "draft")
+TECHNIQUES = ("ngram", "suffix", "draft", "early_exit")
+PEERS = {"ngram": "prompt lookup", "suffix": "prompt lookup", "draft": "assistant", "early_exit": "early exit"}  # of transformers
 PROMPT, EDIT = 128, 200  # tokens of a prompt; of the file in an edit prompt
 Prompts = list[list[int]]
 
@@ -46,16 +50,18 @@ Prompts = list[list[int]]
 class Pair:
     """A target and its draft, for the engine and for transformers."""
 
-    def __init__(self, target: Any, small: Any) -> None:
-        self.theirs, self.small = target, small
+    def __init__(self, target: Any, small: Any, exit_layers: int = 0) -> None:
+        self.theirs, self.small, self.exit_layers = target, small, exit_layers
         self.target, self.draft = (native(copied(m)) for m in (target, small))
         self.words = draft.Vocabulary(target.config.vocab_size)
+        self.exit = native(hf.cut(self.target, exit_layers)) if exit_layers else None
 
     def technique(self, name: str) -> Decode | None:
         makers: dict[str, Callable[[], Decode]] = {
             "ngram": lambda: ngram.build(ngram.Options()),
             "suffix": lambda: suffix.build(suffix.Options()),
             "draft": lambda: draft.Draft(draft.Options(model="draft"), self.draft, self.words),
+            "early_exit": lambda: early_exit.EarlyExit(early_exit.Options(), self.exit, self.words),
         }
         return makers[name]() if name != "plain" else None
 
@@ -66,21 +72,25 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     cells: list[dict[str, Any]] = []
     ratios = {}
+    kept = {}
     with Watch() as watch:
         for model in args.models:
             pair = PAIRS[model]()
             ratios[model] = step_ratio(pair)
             say(f"{model}: a step of the target takes {ratios[model]['median']:.1f} times the draft's")
+            if pair.exit_layers:
+                kept[model] = kept_states(pair)
+                say(f"{model}: a round that kept the exit's states would be {kept[model]['median']:.3f} times as fast")
             for text in TEXTS[model]:
                 for batch in args.batches:
                     cells += cell(model, pair, text, batch, args)
-    document = {"bench": "speculation", "cells": cells, "ratios": ratios, "bars": bars(cells, ratios)}
+    document = {"bench": "speculation", "cells": cells, "ratios": ratios, "kept": kept, "bars": bars(cells, ratios)}
     print(json.dumps({**document, "machine": describe(), "contended": watch.contended, "settings": vars(args)}))
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", nargs="+", default=["python", "135m"], choices=["python", "135m"])
+    parser.add_argument("--models", nargs="+", default=["python", "135m"], choices=[*PAIRS])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--tokens", type=int, default=256)
@@ -93,10 +103,19 @@ def arguments() -> argparse.Namespace:
 
 
 def python() -> Pair:
+    return Pair(*map(shipped, ("python-m", "python-s")))
+
+
+def python_exit() -> Pair:
+    target = shipped("python-m-exit")
+    return Pair(target, shipped("python-s"), target.config.exit_layers)
+
+
+def shipped(name: str) -> Any:
     from hasten import zoo
 
     hf.quiet()
-    return Pair(*(LlamaForCausalLM.from_pretrained(zoo.path(n), dtype=torch.float32).eval() for n in ("python-m", "python-s")))
+    return LlamaForCausalLM.from_pretrained(zoo.path(name), dtype=torch.float32).eval()
 
 
 def random_pair() -> Pair:
@@ -104,8 +123,8 @@ def random_pair() -> Pair:
     return Pair(*(LlamaForCausalLM(LlamaConfig(**SHAPE, num_hidden_layers=n)).eval() for n in (30, 2)))
 
 
-PAIRS: dict[str, Callable[[], Pair]] = {"python": python, "135m": random_pair}
-TEXTS = {"python": ("edit", "source", "sampled"), "135m": ("greedy", "sampled")}
+PAIRS: dict[str, Callable[[], Pair]] = {"python": python, "python-exit": python_exit, "135m": random_pair}
+TEXTS = {"python": ("edit", "source", "sampled"), "python-exit": ("edit", "source", "sampled"), "135m": ("greedy", "sampled")}
 
 
 def prompts(model: str, text: str, batch: int, index: int) -> Prompts:
@@ -140,7 +159,8 @@ def native(model: Any) -> Any:
 
 def cell(model: str, pair: Pair, text: str, batch: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row of the table for each technique."""
-    times: dict[str, list[float]] = {name: [] for name in ("plain", *args.techniques)}
+    techniques = [name for name in args.techniques if name != "early_exit" or pair.exit_layers]
+    times: dict[str, list[float]] = {name: [] for name in ("plain", *techniques)}
     peers: dict[str, list[float]] = {}
     differing = 0
     for i in range(args.pairs + 1):
@@ -151,16 +171,16 @@ def cell(model: str, pair: Pair, text: str, batch: int, args: argparse.Namespace
             seconds, answers[name] = timed(pair, name, asked, sampling)
             if i:
                 times[name].append(seconds)
-        differing += sum(a != b for name in args.techniques for a, b in zip(answers[name], answers["plain"], strict=True))
+        differing += sum(a != b for name in techniques for a, b in zip(answers[name], answers["plain"], strict=True))
         if batch == 1 and i and i <= max(3, args.pairs // 3):
             for name, seconds in assisted(pair, asked, sampling).items():
                 peers.setdefault(name, []).append(seconds)
     rows = []
-    for name in args.techniques:
+    for name in techniques:
         row = {"model": model, "text": text, "batch": batch, "technique": name, "speedup": interval(ratios(times["plain"], times[name]))}
         row["differing"] = differing
         if peers:
-            rival = peers["assistant" if name == "draft" else "prompt lookup"]
+            rival = peers[PEERS[name]]
             row["assisted"] = interval(ratios(rival, times[name][: len(rival)]))
         rows.append(row)
         say(
@@ -185,7 +205,10 @@ def assisted(pair: Pair, asked: Prompts, sampling: Sampling) -> dict[str, float]
     ids = torch.tensor(asked)
     common = {"attention_mask": torch.ones_like(ids), "max_new_tokens": sampling.max_tokens, "min_new_tokens": sampling.max_tokens}
     common |= {"do_sample": sampling.temperature > 0, "top_k": 0}
-    for name, extra in (("prompt lookup", {"prompt_lookup_num_tokens": 10}), ("assistant", {"assistant_model": pair.small})):
+    rivals: dict[str, dict[str, Any]] = {"prompt lookup": {"prompt_lookup_num_tokens": 10}, "assistant": {"assistant_model": pair.small}}
+    if pair.exit_layers:
+        rivals["early exit"] = {"assistant_early_exit": pair.exit_layers}
+    for name, extra in rivals.items():
         began = time.perf_counter()
         pair.theirs.generate(ids, **common, **extra)
         out[name] = time.perf_counter() - began
@@ -202,6 +225,35 @@ def step_ratio(pair: Pair, steps: int = 40, repeats: int = 7) -> dict[str, Any]:
 
     pairs = [(seconds(pair.target), seconds(pair.draft)) for _ in range(repeats + 1)][1:]
     return interval([a / b for a, b in pairs])
+
+
+def kept_states(pair: Pair, tokens: int = 4, context: int = 128, repeats: int = 60) -> dict[str, Any]:
+    """Seconds of a round that commits `tokens` at most, as it is done over how it would be done with the exit's states kept.
+
+    As it is: tokens - 1 exits and a pass of all layers over `tokens` positions. Kept: one exit more, in place of the first layers' share of
+    that pass, for as many tokens. The share is the exit's own pass over as many positions, so nothing is charged for going on half way.
+    """
+    step = Steps(pair, context)
+    found = []
+    for _ in range(repeats):
+        whole, share, one = step(pair.target, tokens), step(pair.exit, tokens), step(pair.exit, 1)
+        found.append(((tokens - 1) * one + whole) / (tokens * one + whole - share))
+    return interval(found[repeats // 6 :])
+
+
+class Steps:
+    """Seconds of one pass over some positions of a row after a context."""
+
+    def __init__(self, pair: Pair, context: int) -> None:
+        engine = TokenEngine(pair.target)
+        run(engine, {0: Request(list(range(1, context + 1)), Sampling(max_tokens=16, ignore_eos=True))})
+        self.cache, self.context = engine.cache, context
+
+    def __call__(self, model: Any, positions: int) -> float:
+        ids, at = torch.arange(positions), torch.arange(positions) + self.context
+        began = time.perf_counter()
+        hf.forward(model, ids, at, None, Plan(self.cache, [Span(0, self.context, positions, 0)]))
+        return time.perf_counter() - began
 
 
 def ratios(a: list[float], b: list[float]) -> list[float]:

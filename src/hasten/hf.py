@@ -153,6 +153,54 @@ def shared_copy(model: Any) -> Any:
     return twin
 
 
+def cut(model: Any, layers: int) -> Any:
+    """The model's first `layers` layers under its own last norm and head, weights shared: what it would say if it ended there.
+
+    It works on the whole model's cache, whose first layers it fills. UserError where a model cannot be cut.
+    """
+    return derived(model, ("cut", layers), lambda: _cut(model, layers))
+
+
+def _cut(model: Any, layers: int) -> Any:
+    text = model.config.get_text_config(decoder=True)
+    n = text.num_hidden_layers
+    if not 1 <= layers < n:
+        raise UserError(f"{type(model).__name__}: it has {n} layers, so an exit is after layer 1 to {n - 1}, not {layers}")
+    where, name = _stack(model, n)
+    short = shared_copy(model)
+    short.config = copy.deepcopy(model.config)
+    text = short.config.get_text_config(decoder=True)
+    kinds = getattr(text, "layer_types", None)
+    text.num_hidden_layers = layers
+    if kinds:
+        text.layer_types = list(kinds[:layers])
+    for module in short.modules():  # those that read the number of layers, on the way to them
+        if type(getattr(module, "config", None)) is type(text) and module is not short:
+            module.config = text
+    holder = short.get_submodule(where)
+    holder._modules[name] = holder._modules[name][:layers]
+    facts(short)  # reads one pass: exactly these layers must attend
+    return short
+
+
+def _stack(model: Any, count: int) -> tuple[str, str]:
+    """Where the decoder's layers stand, in order, one for each layer of the cache: (path of the module that holds their list, its name there)."""
+    found = [
+        (path, name)
+        for path, module in model.named_modules()
+        for name, child in module.named_children()
+        if type(child).__name__ == "ModuleList" and len(child) == count and all(_layer_of(m) == i for i, m in enumerate(child))
+    ]
+    if len(found) != 1:
+        raise UserError(f"{type(model).__name__}: its layers do not stand in one list, so it cannot be cut")
+    return found[0]
+
+
+def _layer_of(module: Any) -> int | None:
+    """The layer of the cache that the attention inside a module has."""
+    return next((m.layer_idx for m in module.modules() if getattr(m, "layer_idx", None) is not None), None)
+
+
 def stepped(model: Any, step: Any) -> Any:
     """The model with `step` doing those steps that it takes (see `forward`)."""
     object.__setattr__(model, "small_step", step)

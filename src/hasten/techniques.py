@@ -53,6 +53,8 @@ _ALL = (
     Technique("draft", "decode", "lm", "identical", "a smaller model proposes, for all rows at once", "arXiv:2211.17192", "hasten.lm.decode.draft"),
     Technique("lookahead", "decode", "lm", "identical", "the model guesses ahead of itself", "arXiv:2402.02057", "hasten.lm.decode.lookahead"),
     Technique("pearl", "decode", "lm", "identical", "a draft works while the target does", "arXiv:2408.11850", "hasten.lm.decode.pearl"),
+    Technique("early_exit", "decode", "lm", "identical", "its own first layers propose", "arXiv:2404.16710", "hasten.lm.decode.early_exit"),
+    Technique("stairs", "decode", "lm", "identical", "a draft, checked one output a row", "arXiv:2407.19947", "hasten.lm.decode.stairs"),
     Technique("allowed", "constraint", "lm", "identical", "commit only tokens of a fixed set", "", "hasten.lm.constrain.allowed"),
     Technique("prefix", "reuse", "lm", "identical", "compute a shared prefix once", "arXiv:2312.07104", "hasten.lm.prefix"),
     Technique("vote", "strategy", "any", "approximate", "most frequent answer of n samples", "arXiv:2203.11171", "hasten.strategies.vote"),

@@ -31,6 +31,7 @@ def test_vllm(config: dict[str, Any], use: Use) -> None:
 def test_transformers() -> None:
     keywords = {"assistant_model": "m", "num_assistant_tokens": 4, "num_assistant_tokens_schedule": "heuristic_transient"}
     assert from_transformers(keywords) == Use("draft", {"model": "m", "k": 4, "schedule": "heuristic"})
+    assert from_transformers({"assistant_early_exit": 2, "num_assistant_tokens": 3}) == Use("early_exit", {"layers": 2, "k": 3})
     assert from_transformers({"prompt_lookup_num_tokens": 9, "max_matching_ngram_size": 3}) == Use(
         "ngram", {"k": 9, "longest": 3, "shortest": 1}
     )

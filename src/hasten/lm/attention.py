@@ -42,8 +42,8 @@ class Cluster:
         self.device, self.dtype = device, dtype
         slots = [s.slot for s in self.spans]
         first, last = slots[0], slots[-1] + 1
-        # Holes in the range cost a little attention; gathering keys would copy them all.
-        self.ranged = last - first <= 2 * len(slots)
+        # Holes in the range cost a little attention; gathering keys would copy them all. Rows that share a slot (`stairs`) must gather.
+        self.ranged = last - first <= 2 * len(slots) and len({*slots}) == len(slots)
         self.first, self.last = first, last
         by_slot = {s.slot: s for s in self.spans}
         self.rows = [by_slot.get(i) for i in range(first, last)] if self.ranged else list(self.spans)

@@ -38,14 +38,14 @@ def config(model: Llama, **more: object) -> object:
     )
 
 
-def policy(model: Llama, out: Path, record: dict, words: PreTrainedTokenizerFast | None = None) -> Path:
+def policy(model: Llama, out: Path, record: dict, words: PreTrainedTokenizerFast | None = None, exit_layers: int = 0) -> Path:
     """Write a policy or a text model to `out` (config, float16 weights, tokenizer, generation config, training.json); returns it.
 
-    words: its tokenizer, by default that of the arithmetic task.
+    words: its tokenizer, by default that of the arithmetic task. exit_layers: the config says so many if it is not 0.
     """
     from transformers import GenerationConfig, LlamaForCausalLM
 
-    theirs = LlamaForCausalLM(config(model))
+    theirs = LlamaForCausalLM(config(model, **({"exit_layers": exit_layers} if exit_layers else {})))
     missing, unexpected = theirs.load_state_dict(model.state_dict(), strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
     theirs.tie_weights()

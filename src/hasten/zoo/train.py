@@ -80,14 +80,15 @@ def train(
     run = Run(name, s, steps or s.tokens // per_step(s))
     if resume:
         run.load()
-    from hasten.zoo import save
+    from hasten.zoo import layerskip, save
 
     where = Path(out) if out else cache(name) / "model"
     if s.kind == "text":
         words = python.tokenizer(path(s.start)) if s.start else python.build()
         tokens = python.stream(words, python.files("train"))
-        run.go(seconds, progress, lambda step: python.loss_of(run.model, tokens, s.seed, step, step / run.steps))
-        return save.policy(run.model, where, run.record() | {"text": python.record()}, python.fast(words))
+        loss = layerskip.loss_of if s.exit else python.loss_of
+        run.go(seconds, progress, lambda step: loss(run.model, tokens, s.seed, step, step / run.steps))
+        return save.policy(run.model, where, run.record() | {"text": python.record()}, python.fast(words), exit_layers=s.exit)
     run.go(seconds, progress, lambda step: loss_of(run.model, batch(s, step, step / run.steps)))
     return save.policy(run.model, where, run.record())
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -36,6 +36,39 @@ MODES = ("coupled", "rejection", "block")
 CHUNK = 512  # positions in one pass of the draft
 
 
+class Settings(Protocol):
+    """The options that every way to draft with a model has; what they mean is said in `Options`."""
+
+    @property
+    def k(self) -> int: ...
+    @property
+    def mode(self) -> str: ...
+    @property
+    def schedule(self) -> str: ...
+    @property
+    def confidence(self) -> float: ...
+    @property
+    def ensemble_weight(self) -> float: ...
+
+
+def check_settings(name: str, options: Settings) -> None:
+    """UserError for options that do not go together."""
+    if options.mode not in MODES:
+        raise UserError(f"{name}: mode={options.mode!r}: no such mode{did_you_mean(options.mode, MODES)}")
+    check(name, options.k, chosen_schedule(options))
+    if options.mode != "coupled" and options.schedule == "goodput":
+        raise UserError(f"{name}: mode={options.mode} needs schedule=constant or heuristic, or its answers would depend on a clock")
+    if not 0 <= options.confidence < 1 or not 0 < options.ensemble_weight <= 1:
+        raise UserError(f"{name}: needs 0 <= confidence < 1 and 0 < ensemble_weight <= 1")
+    if options.ensemble_weight < 1 and options.mode != "rejection":
+        raise UserError(f"{name}: ensemble_weight goes with mode=rejection only")
+
+
+def chosen_schedule(options: Settings) -> str:
+    """What "auto" stands for: goodput with coupled verification, else constant."""
+    return options.schedule if options.schedule != "auto" else "goodput" if options.mode == "coupled" else "constant"
+
+
 @dataclass(frozen=True)
 class Options:
     """model: the draft, a directory, hub id or zoo:NAME. k: tokens proposed at most. mode: coupled, rejection or block (see `verify`).
@@ -53,22 +86,10 @@ class Options:
     ensemble_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise UserError(f"draft: mode={self.mode!r}: no such mode{did_you_mean(self.mode, MODES)}")
-        check("draft", self.k, self.chosen_schedule)
-        if self.mode != "coupled" and self.chosen_schedule == "goodput":
-            raise UserError(f"draft: mode={self.mode} needs schedule=constant or heuristic, or its answers would depend on a clock")
-        if not 0 <= self.confidence < 1 or not 0 < self.ensemble_weight <= 1:
-            raise UserError("draft: needs 0 <= confidence < 1 and 0 < ensemble_weight <= 1")
-        if self.ensemble_weight < 1 and self.mode != "rejection":
-            raise UserError("draft: ensemble_weight goes with mode=rejection only")
-
-    @property
-    def chosen_schedule(self) -> str:
-        return self.schedule if self.schedule != "auto" else "goodput" if self.mode == "coupled" else "constant"
+        check_settings("draft", self)
 
 
-def exactness(options: Options) -> str:
+def exactness(options: Settings) -> str:
     """Coupled verification gives the same tokens, the others the same law, and a weight below 1 neither."""
     return "approximate" if options.ensemble_weight < 1 else "identical" if options.mode == "coupled" else "distribution"
 
@@ -115,9 +136,10 @@ class Draft(Speculation):
     """Proposals of a smaller model."""
 
     drafting = True
+    role = "draft"
 
-    def __init__(self, options: Options, model: Any, vocabulary: Vocabulary) -> None:
-        super().__init__(options.k, options.chosen_schedule)
+    def __init__(self, options: Settings, model: Any, vocabulary: Vocabulary) -> None:
+        super().__init__(options.k, chosen_schedule(options))
         self.options, self.model, self.words = options, model, vocabulary
         self.ledger = model_cost(model)
         self.passes = 0
@@ -264,7 +286,7 @@ class Draft(Speculation):
 
     def costs(self, row: Row) -> Mapping[str, Cost]:
         s = row.decode_state or State()
-        return {"draft": Cost(s.prompt, s.reused, s.generated, 0, s.forwards, s.flops, s.bytes)}
+        return {self.role: Cost(s.prompt, s.reused, s.generated, 0, s.forwards, s.flops, s.bytes)}
 
 
 class Vocabulary:

@@ -52,6 +52,10 @@ TRANSFORMERS: dict[str, dict[str, Settle]] = {
         "assistant_confidence_threshold": _as("confidence"),
         "assistant_ensemble_weight": lambda w: {"ensemble_weight": w, "mode": "rejection"},
     },
+    "early_exit": {
+        "assistant_early_exit": _as("layers"), "num_assistant_tokens": _as("k"), "num_assistant_tokens_schedule": SCHEDULE,
+        "assistant_confidence_threshold": _as("confidence"),
+    },
     "ngram": {"prompt_lookup_num_tokens": _as("k"), "max_matching_ngram_size": lambda n: {"longest": n, "shortest": 1}},
 }  # fmt: skip
 KEYWORDS = {name for group in TRANSFORMERS.values() for name in group}
@@ -68,9 +72,10 @@ def from_vllm(config: Mapping[str, Any]) -> Use:
 
 def from_transformers(keywords: Mapping[str, Any]) -> Use:
     """`{"assistant_model": "zoo:arith-xs", "num_assistant_tokens": 5}` -> the use of a technique. UserError as `from_vllm`."""
-    name = "draft" if "assistant_model" in keywords else "ngram" if "prompt_lookup_num_tokens" in keywords else None
+    name = next((name for name, group in TRANSFORMERS.items() if next(iter(group)) in keywords), None)
     if name is None:
-        raise UserError(f"{', '.join(keywords)}: needs assistant_model or prompt_lookup_num_tokens beside it")
+        heads = [next(iter(group)) for group in TRANSFORMERS.values()]
+        raise UserError(f"{', '.join(keywords)}: needs {', '.join(heads[:-1])} or {heads[-1]} beside it")
     return Use(name, _settled("", keywords, TRANSFORMERS[name], f" beside {next(iter(TRANSFORMERS[name]))}"))
 
 
