@@ -13,6 +13,7 @@ import torch
 
 from hasten.lm.constrain import trie as tries
 from hasten.lm.constrain.trie import DEAD, Trie
+from hasten.lm.constrain.trie_edit import edited
 from hasten.lm.constrain.trie_filter import filtered
 from hasten.lm.constrain.trie_step import begin, mask, step, transitions, walk
 from hasten.native import build as native
@@ -42,14 +43,18 @@ def random_items(rng: random.Random, n: int, vocabulary: int, lengths: Sequence[
 
 
 def model(vocabulary: int, seed: int, dtype: torch.dtype, levels: int = 0) -> Callable[[list[Item]], torch.Tensor]:
-    """Log-probabilities as a function of the prefix. levels: logits take so few values, so that many scores are equal."""
+    """Log-probabilities as a function of the prefix. levels: logits take so few values, the same for each prefix in another order, so that many
+    scores are equal."""
 
     def logp(some: list[Item]) -> torch.Tensor:
         rows = []
         for prefix in some:
             draw = torch.Generator().manual_seed(hash((seed, prefix)) % 2**31)
-            row = torch.randn(vocabulary, generator=draw)
-            rows.append((row * levels).round() / levels if levels else row)
+            rows.append(
+                torch.arange(vocabulary)[torch.randperm(vocabulary, generator=draw)] % levels
+                if levels
+                else torch.randn(vocabulary, generator=draw)
+            )
         return torch.log_softmax(torch.stack(rows).to(dtype).to(torch.float64 if dtype == torch.float64 else torch.float32), -1)
 
     return logp
@@ -268,3 +273,59 @@ def test_wrong_items_are_refused_in_a_sentence(items: Any, message: str) -> None
         tries.build(items, 8)
     with pytest.raises(UserError, match="end=8 is outside"):
         tries.build([(1, 2)], 8, end=8)
+
+
+def test_edits_give_the_trie_of_what_is_left_and_older_versions_stay(kind: str) -> None:
+    rng = random.Random(11)
+    every = list(dict.fromkeys(random_items(rng, 400, 9, [4], 0.5)))
+    now, trie = set(every[:60]), made(kind, every[:60], 500)
+    places = dict(enumerate(every[:60]))
+    versions = []
+    logp = model(500, 4, torch.float32, 2)
+    for i in range(12):
+        gone = rng.sample(sorted(now), 9)
+        new = [*[e for e in every if e not in now][:7], gone[0], sorted(now)[5], (i, 400 - i, 7, 7)]
+        places |= dict(enumerate(new, trie.size))
+        trie, now = edited(trie, new, gone), (now - set(gone)) | set(new)
+        versions.append((trie, sorted(now)))
+        if rng.random() < 0.3:
+            edited(trie, [(8, 8, 8, 8)])  # a version beside the one that goes on
+    for version, items in versions:
+        found = searched(version, logp, 11)
+        assert [(p, s) for p, s, _ in found] == brute.beams(items, logp, 11)
+        assert all(places[i] == p for p, _, row in found for i in version.items(row)) and all(version.items(row) for _, _, row in found)
+        passing = np.array([sum(places[i]) % 3 == 0 for i in range(version.size)])
+        found = searched(version, logp, 11, filters=[filtered(version, passing)])
+        assert [(p, s) for p, s, _ in found] == brute.beams([i for i in items if sum(i) % 3 == 0], logp, 11)
+
+
+def test_a_search_goes_on_with_its_version_while_the_set_changes(kind: str) -> None:
+    items = random_items(random.Random(1), 80, 10, [4], 0.5)
+    trie, logp = made(kind, items, 10), model(10, 1, torch.float32)
+    current = edited(trie, [(9, 9, 9, 9)])  # with room to be edited in place
+    inside = brute.beams([*items, (9, 9, 9, 9)], logp, 8)
+    beams, prefixes = begin([current], torch.float32), [()]
+    for depth in range(4):
+        later = edited(current, [(depth, 9, 9, 8)], [items[depth]])
+        assert later.arrays is current.arrays or depth > 0
+        s = step(current.arrays, logp(prefixes), beams, 8, current.branch[depth])
+        prefixes, beams = [(*prefixes[p], t) for p, t in zip(s.parents[0].tolist(), s.tokens[0].tolist(), strict=True)], s.beams
+    assert list(zip(prefixes, beams.scores[0].tolist(), strict=True)) == inside
+
+
+def test_sets_may_be_emptied_lengthened_and_be_ragged(kind: str) -> None:
+    trie = made(kind, [(5, 1), (5, 2)], 300)
+    assert searched(edited(trie, delete=[(5, 1), (5, 2)]), model(300, 0, torch.float32), 3) == []
+    one = edited(trie, delete=[(5, 1)])
+    assert [p for p, _, _ in searched(one, model(300, 0, torch.float32), 3)] == [(5, 2)]
+    more = edited(edited(one, delete=[(5, 2)]), [(1, 2, 3), (299,), (5, 1)])
+    items = [(1, 2, 3), (299,), (5, 1)]
+    found = searched(more, model(300, 0, torch.float32), 5)
+    assert [(p, s) for p, s, _ in found] == brute.beams(items, model(300, 0, torch.float32), 5)
+    assert [more.items(row) for p, _, row in sorted(found)] == [(2,), (4,), (3,)]
+    with pytest.raises(UserError, match=r"item \(1, 2\) is the beginning of another"):
+        edited(more, [(1, 2)])
+    with pytest.raises(UserError, match="item 1 to delete"):
+        edited(more, delete=[(5, 1), (5, 2)])
+    with pytest.raises(UserError, match="item 0 has the token 300"):
+        edited(more, [(300, 1)])

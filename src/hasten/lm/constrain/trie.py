@@ -41,6 +41,11 @@ class Arrays:
     table: torch.Tensor
     lengths: torch.Tensor | None
     base: int
+    used: tuple[int, int, int] = (0, 0, 0)  # nodes, edges and rows of the latest version; what is behind them is free
+
+    def __post_init__(self) -> None:
+        if self.used == (0, 0, 0):
+            self.used = (len(self.first) - 1, len(self.tokens), len(self.table))
 
     @property
     def device(self) -> torch.device:
@@ -178,13 +183,18 @@ def _whole(
     )  # fmt: skip
 
 
+def token_type(most: int) -> torch.dtype:
+    """The smallest type that holds tokens up to `most`."""
+    return torch.uint8 if most < 1 << 8 else torch.uint16 if most < 1 << 16 else torch.uint32
+
+
 def join(tries: Sequence[Trie]) -> list[Trie]:
     """The same sets over one pair of arrays, so that requests of several sets are served in one batch. Sets as they were built, on one device."""
     if len({t.vocabulary for t in tries}) != 1:
         raise UserError("trie: sets of different vocabularies cannot be joined")
     base, width = min(t.arrays.base for t in tries), max(t.arrays.width for t in tries)
     most = max(int(t.arrays.table.long().max()) + t.arrays.base - base for t in tries)
-    kind = torch.uint8 if most < 1 << 8 else torch.uint16 if most < 1 << 16 else torch.uint32
+    kind = token_type(most)
     ragged = any(t.arrays.lengths is not None or t.arrays.width != width for t in tries)
     parts: dict[str, list[torch.Tensor]] = {name: [] for name in ("first", "tokens", "next", "table", "lengths")}
     out, at = [], np.zeros(3, np.int64)  # nodes, edges, rows so far
@@ -208,4 +218,4 @@ def join(tries: Sequence[Trie]) -> list[Trie]:
     return [replace(t, arrays=arrays, nodes=int(at[0]), edges=int(at[1]), rows=int(at[2])) for t in out]
 
 
-__all__ = ["DEAD", "Arrays", "Trie", "build", "join", "load"]
+__all__ = ["DEAD", "Arrays", "Trie", "build", "join", "load", "token_type"]
