@@ -323,6 +323,7 @@ def test_sets_may_be_emptied_lengthened_and_be_ragged(kind: str) -> None:
     found = searched(more, model(300, 0, torch.float32), 5)
     assert [(p, s) for p, s, _ in found] == brute.beams(items, model(300, 0, torch.float32), 5)
     assert [more.items(row) for p, _, row in sorted(found)] == [(2,), (4,), (3,)]
+    assert [edited(more, [(299,)]).items(row) for p, _, row in found if p == (299,)] == [(3, 5)]
     with pytest.raises(UserError, match=r"item \(1, 2\) is the beginning of another"):
         edited(more, [(1, 2)])
     with pytest.raises(UserError, match="item 1 to delete"):

@@ -33,7 +33,7 @@ def edited(trie: Trie, insert: Items = (), delete: Items = ()) -> Trie:
     new, gone = _tuples(trie, insert), _tuples(trie, delete)
     with _LOCK:
         draft = _Draft(trie, new, gone)
-        root = draft.merged(trie.root, 0, sorted(draft.changes.items()))
+        root = draft.merged(trie.root, 0, sorted(draft.changes.items())) if draft.changes else trie.root
         if root is None or root < 0:
             root = draft.node(0, *(([], []) if root is None else ([draft.tokens_of(~root)[0]], [root])))
         return draft.written(root)
