@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int BLOCK = 256;
+constexpr int BLOCK = 64;
 constexpr int32_t DEAD = std::numeric_limits<int32_t>::min();
 
 struct Index {
@@ -67,6 +67,9 @@ void expand(const Index& x, const Real* logp, int32_t state, int parent, Real su
   for (int32_t at = x.first[state], end = x.first[state + 1]; at < end; at += BLOCK) {
     const int n = std::min(BLOCK, end - at);
     for (int k = 0; k < n; k++) scores[k] = sum + logp[static_cast<int32_t>(tokens[at + k]) + x.base];
+    bool some = false;
+    for (int k = 0; k < n; k++) some |= scores[k] > best.least;
+    if (!some) continue;
     for (int k = 0; k < n; k++)
       if (scores[k] > best.least && filter(x.next[at + k])) best.add({scores[k], parent, static_cast<int32_t>(tokens[at + k]) + x.base, x.next[at + k]});
   }
