@@ -1,4 +1,4 @@
-"""The C++ file beside this one as a shared object, compiled for this machine the first time it is needed and cached.
+"""The C++ files beside this one as shared objects, each compiled for this machine the first time it is needed and cached.
 
 Compiling takes some seconds; the object's name is a hash of source, flags and processor, so nothing stale is loaded. `HASTEN_CXX` names
 another compiler, `HASTEN_MARCH` another instruction set than the machine's ("x86-64-v3", say).
@@ -16,10 +16,10 @@ import subprocess
 import time
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("step.cpp")
 # Most of what -ffast-math allows, by its parts: the flag itself makes the whole process flush subnormal numbers to zero (GCC before 13).
 LOOSE = ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-ffinite-math-only"]
-FLAGS = ["-O3", *LOOSE, "-mprefer-vector-width=512", "-std=c++20", "-shared", "-fPIC", "-pthread"]
+FLAGS = ["-O3", "-mprefer-vector-width=512", "-std=c++20", "-shared", "-fPIC", "-pthread"]
+EXTRA = {"step": LOOSE, "trie": ["-ffp-contract=off"]}  # beam search's sums are exact, and minus infinity is one of its numbers
 ISAS = ("portable", "avx2", "vnni", "amx")
 
 seconds = 0.0  # that this process spent compiling
@@ -43,16 +43,17 @@ def why_not() -> str | None:
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
-    """The loaded object. Raises RuntimeError with the compiler's first words when it cannot be built."""
-    flags = [*FLAGS, f"-march={os.environ.get('HASTEN_MARCH', 'native')}"]
-    file = folder() / f"step-{_digest(flags)}.so"
+def library(name: str = "step") -> ctypes.CDLL:
+    """The object of NAME.cpp, loaded. Raises RuntimeError with the compiler's first words when it cannot be built."""
+    source = Path(__file__).with_name(f"{name}.cpp")
+    flags = [*FLAGS, *EXTRA[name], f"-march={os.environ.get('HASTEN_MARCH', 'native')}"]
+    file = folder() / f"{name}-{_digest(source, flags)}.so"
     if not file.is_file():
-        _compile(flags, file)
+        _compile(source, flags, file)
     try:
         return _declared(ctypes.CDLL(str(file)))
     except OSError:  # cut off in mid-write by another program, or of another system: make it anew once
-        _compile(flags, file)
+        _compile(source, flags, file)
         return _declared(ctypes.CDLL(str(file)))
 
 
@@ -66,25 +67,25 @@ def isa() -> str:
     return ISAS[library().hasten_isa()]
 
 
-def _digest(flags: list[str]) -> str:
+def _digest(source: Path, flags: list[str]) -> str:
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text(errors="replace").splitlines() if cpu.is_file() else []
     processor = next((line for line in lines if line.startswith("flags")), platform.processor())
-    return hashlib.blake2b(SOURCE.read_bytes() + repr((flags, processor, compiler())).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(source.read_bytes() + repr((flags, processor, compiler())).encode(), digest_size=8).hexdigest()
 
 
-def _compile(flags: list[str], file: Path) -> None:
+def _compile(source: Path, flags: list[str], file: Path) -> None:
     global seconds
     began, cxx = time.perf_counter(), compiler()
     if cxx is None:
         raise RuntimeError("no C++ compiler was found (install g++, or name one with HASTEN_CXX)")
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    done = subprocess.run([cxx, *flags, str(SOURCE), "-o", str(part)], capture_output=True, text=True)
+    done = subprocess.run([cxx, *flags, str(source), "-o", str(part)], capture_output=True, text=True)
     if done.returncode:
         part.unlink(missing_ok=True)
         first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip() or "no message")
-        raise RuntimeError(f"{cxx} could not compile the native step: {first}")
+        raise RuntimeError(f"{cxx} could not compile {source.name}: {first}")
     part.rename(file)
     seconds += time.perf_counter() - began
 
@@ -102,8 +103,15 @@ def _declared(lib: ctypes.CDLL) -> ctypes.CDLL:
         "hasten_model_layer": ([p, p, p, p, p, p, p, p, p, i], None),
         "hasten_model_free": ([p], None),
         "hasten_step": ([p, i, p, p, p, i, p, p, p, p, n, n, p], None),
+        "hasten_trie": ([p, p, p, p, p, i, i, i], p),
+        "hasten_trie_free": ([p], None),
+        "hasten_trie_step": ([p, p, i, n, i, i, i, p, p, p, p, p, p, p, p], None),
+        "hasten_trie_mask": ([p, i, p, p, p, p, n], None),
+        "hasten_trie_walk": ([p, i, p, p, p, n, i], None),
     }
     for name, (arguments, result) in signatures.items():
+        if not hasattr(lib, name):  # of another source
+            continue
         function = getattr(lib, name)
         function.argtypes, function.restype = arguments, result
     return lib
