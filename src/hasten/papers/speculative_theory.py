@@ -25,6 +25,7 @@ from hasten.papers.paper import Absent, Claim, Line, Paper, Run, Settings, exact
 
 if TYPE_CHECKING:
     from hasten.lm.decode.draft import Draft
+    from hasten.lm.tree import Proposal
 
 # Published: figure 2's chain, and the table's eight cells (two judges, four values of epsilon).
 REJECTIONS, SPEEDUP, CELLS = 16.41, 3.05, 8
@@ -186,7 +187,7 @@ def watching(options: Any, model: Any, vocabulary: int) -> Any:
     class Watching(draft.Draft):
         counted = np.zeros(4)
 
-        def verify(self, row: Any, proposal: Sequence[int], chosen: Sequence[int], logits: torch.Tensor) -> list[int]:
+        def verify(self, row: Any, proposal: Proposal, chosen: Sequence[int], logits: torch.Tensor) -> list[int]:
             kept = super().verify(row, proposal, chosen, logits)
             judged = min(len(kept), len(proposal))
             if judged:

@@ -27,6 +27,7 @@ from hasten.values import UserError
 
 if TYPE_CHECKING:
     from hasten.lm.scheduler import Row
+    from hasten.lm.tree import Proposal
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Stairs(Draft):
         self.target: ModelCost = engine.costs
         self.extra: dict[int, Cost] = {}  # of each row under way: what its staircases cost beyond causal verification
 
-    def accept(self, row: Row, proposal: Sequence[int], chosen: Sequence[int], logits: torch.Tensor) -> list[int]:
+    def accept(self, row: Row, proposal: Proposal, chosen: Sequence[int], logits: torch.Tensor) -> list[int]:
         if proposal:
             self.extra[id(row)] = self.extra.get(id(row), Cost()) + self._beyond(len(row.tokens) - 1, len(proposal))
         return super().accept(row, proposal, chosen, logits)
