@@ -75,7 +75,25 @@ def test_constraints_hold_for_the_draft_too(pairs: Any, drafts: Any) -> None:
     assert engine.steps < plain.steps
 
 
-@pytest.mark.parametrize("mode", ["rejection", "block"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_greedy_trees_are_identical(pairs: Any, drafts: Any, family: str) -> None:
+    model, ours = pairs(family)
+    asked = prompts(1)
+    plain, tree = (TokenEngine(ours, decode=draft(drafts(family, "near"), k=k, branches=b), max_rows=4) for k, b in ((3, 1), (9, 3)))
+    assert answers(plain, asked) == answers(tree, asked) == reference(model, asked, MAX)
+    assert tree.steps <= plain.steps  # drafts of the same depth, three tokens tried at each position
+
+
+@pytest.mark.parametrize("schedule", ["goodput", "heuristic", "constant"])
+def test_samples_of_trees_are_identical_at_any_temperature(pairs: Any, drafts: Any, schedule: str) -> None:
+    _, ours = pairs("llama")
+    s = {"temperature": 0.9, "top_k": 30, "top_p": 0.95, "repetition_penalty": 1.2, "presence_penalty": 0.3, "min_tokens": 4, "seed": 5}
+    plain = answers(TokenEngine(ours, constraint=Allowed(range(2, 60))), prompts(6), **s)
+    decode = draft(drafts("llama", "near"), k=8, branches=3, schedule=schedule, confidence=0.1 if schedule == "constant" else 0.0)
+    assert answers(TokenEngine(ours, decode=decode, constraint=Allowed(range(2, 60))), prompts(6), **s) == plain
+
+
+@pytest.mark.parametrize("mode", ["rejection", "block", "rejection tree"])
 def test_the_law_is_the_targets(pairs: Any, drafts: Any, mode: str) -> None:
     """Chi-square of the first two tokens together against the exact law, for an engine that speculates through them."""
     from scipy.stats import chisquare
@@ -89,7 +107,8 @@ def test_the_law_is_the_targets(pairs: Any, drafts: Any, mode: str) -> None:
         second = torch.softmax(model(torch.tensor([[*prompt, a]])).logits[0, -1, ids] / 2, -1)
         law |= {(a, b): float(first[ids.index(a)] * second[j]) for j, b in enumerate(ids)}
     for kind in ("near", "stranger"):
-        engine = TokenEngine(ours, decode=draft(drafts("llama", kind), mode=mode, k=2))
+        decode = draft(drafts("llama", kind), mode=mode.split()[0], k=5 if "tree" in mode else 2, branches=3 if "tree" in mode else 1)
+        engine = TokenEngine(ours, decode=decode)
         warm = Sampling(temperature=2.0, logit_bias=bias, max_tokens=3, n=3000, ignore_eos=True, seed=3)
         first = run(engine, {0: Request(prompt, warm)})[0]
         seen = Counter(r.tokens[:2] for r in (first, *first.others))
@@ -173,6 +192,7 @@ def test_a_draft_with_another_tokenizer_leaves_the_output_identical(pairs: Any, 
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
+        ({"branches": 0}, "branches=0"), ({"branches": 2, "mode": "block"}, "branches go with"),
         ({"k": -1}, "k=-1"), ({"mode": "block", "schedule": "goodput"}, "clock"), ({"mode": "blok"}, "did you mean 'block'"),
         ({"confidence": 1.0}, "confidence"), ({"ensemble_weight": 0.5}, "mode=rejection only"), ({"schedule": "x"}, "no such schedule"),
     ],

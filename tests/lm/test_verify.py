@@ -132,13 +132,18 @@ def test_rounds_over_a_tree_have_the_targets_law_at_every_position_type() -> Non
     assert worst_of_trees(verify.rounds, 6000) > LIMIT
 
 
-def with_replacement(tree: Tree, laws: dict[int, torch.Tensor], q: torch.Tensor, u: verify.Uniform) -> list[int]:
-    """The second child is judged as if it could have been the first again."""
-    original, verify._without = verify._without, lambda law, token: law
-    try:
-        return verify.rounds(tree, laws, q, u)
-    finally:
-        verify._without = original
+def unreduced(tree: Tree, laws: dict[int, torch.Tensor], q: torch.Tensor, u: verify.Uniform) -> list[int]:
+    """Each child is judged by q, as if those before it had not been refused."""
+    out, node = [], ROOT
+    while (at := next((c for c in tree.children.get(node, ()) if kept(tree, c, laws.get(node), q[node + 1], u)), None)) is not None:
+        out.append(tree.tokens[at])
+        node = at
+    return [*out, verify.drawn(q[node + 1], u(verify.AFTER, node + 1))]
+
+
+def kept(tree: Tree, child: int, p: torch.Tensor | None, q: torch.Tensor, u: verify.Uniform) -> bool:
+    token = tree.tokens[child]
+    return u(verify.ACCEPT, child) * (1.0 if p is None else float(p[token])) < float(q[token])
 
 
 def from_the_target(tree: Tree, laws: dict[int, torch.Tensor], q: torch.Tensor, u: verify.Uniform) -> list[int]:
@@ -153,7 +158,7 @@ def one_number(tree: Tree, laws: dict[int, torch.Tensor], q: torch.Tensor, u: ve
     return verify.rounds(tree, laws, q, lambda purpose, i: u(purpose, 0 if purpose == verify.ACCEPT else i))
 
 
-@pytest.mark.parametrize("walk", [with_replacement, from_the_target, one_number])
+@pytest.mark.parametrize("walk", [unreduced, from_the_target, one_number])
 def test_planted_bugs_of_trees_are_seen(walk: Walk) -> None:
     assert worst_of_trees(walk, 3000) < LIMIT
 
@@ -169,6 +174,19 @@ def test_a_second_child_is_kept_where_the_first_is_not_and_a_full_set_always() -
             kept[n] += len(verify.rounds(Tree(tokens, everything.parents).head(n), {ROOT: P[1]}, Q[[1, *tokens[:n]]], u)) > 1
     assert abs(kept[1] / 2000 - float(torch.minimum(P[1], Q[1]).sum())) < 0.045
     assert kept[1] < kept[2] < kept[4] == 2000
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_second_child_is_judged_as_drawn_without_replacement(replaced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And were it judged as drawn with replacement, the law would be another."""
+    p, q = torch.tensor([0.6, 0.3, 0.1, 0.0], dtype=torch.float64), torch.tensor([0.2, 0.35, 0.35, 0.1], dtype=torch.float64)
+    drawn = [tuple(verify.several(p, 2, lambda i, seed=seed: rng.uniform(seed, verify.DRAFT, i))) for seed in range(3000)]
+    if replaced:
+        monkeypatch.setattr(verify, "_without", lambda law, token: law)
+    seen = Counter(
+        verify.rounds(Tree(pair, (-1, -1)), {ROOT: p}, q.expand(3, -1), partial(rng.uniform, seed))[0] for seed, pair in enumerate(drawn)
+    )
+    assert (p_value(seen, q) > LIMIT) != replaced
 
 
 def test_without_replacement_each_token_comes_once() -> None:

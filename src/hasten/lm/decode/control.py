@@ -99,7 +99,7 @@ class Goodput:
         self.draft = Recent()  # seconds of one drafted position of all rows
         self.rates = np.full(max(k, 1), 0.7)  # of keeping the i-th token when those before it were kept
         self.pause, self.waited = FIRST_PAUSE, 0
-        self._asked = 0  # passes of the draft for this step
+        self.asked = 0  # passes of the draft for this step
 
     def doubt(self) -> None:
         pass
@@ -113,7 +113,7 @@ class Goodput:
             self.waited += 1
             if self.waited >= self.pause:
                 found = [min(2, n) for n in most]
-        self._asked = -(-max(found, default=0) // self.wide)
+        self.asked = -(-max(found, default=0) // self.wide)
         return found
 
     def best(self, rows: Sequence[Row], most: Sequence[int]) -> tuple[float, list[int]]:
@@ -152,8 +152,8 @@ class Goodput:
 
     def timed(self, positions: int, proposing: float, rest: float, branching: bool | None = None) -> None:
         self.steps.add(positions, rest)
-        if self.drafting and self._asked:
-            self.draft.add(proposing / self._asked)
+        if self.drafting and self.asked:
+            self.draft.add(proposing / self.asked)
 
 
 class Trees(Goodput):
@@ -178,6 +178,7 @@ class Either:
     def __init__(self, k: int, drafting: bool, wide: int = 1) -> None:
         self.chains, self.trees = Goodput(k, drafting), Trees(k, drafting, wide)
         self.pause, self.waited = FIRST_PAUSE, 0
+        self.trees.draft = self.chains.draft
         self.branching = self.measured = False
         self.bar, self.brought = 0.0, 0  # tokens a second that chains promise, and the tokens of this step
 
@@ -194,6 +195,7 @@ class Either:
             self.waited += 1
             found = [max(n, min(TRIAL, m)) for n, m in zip(found, most, strict=True)]
         self.branching = chain > 0 and (self.waited == 0 or self.waited >= self.pause)
+        self.trees.asked = -(-max(found, default=0) // self.trees.wide)
         return found if self.branching else self.chains.lengths(rows, room)
 
     def kept(self, row: Row, proposed: int, kept: int) -> None:

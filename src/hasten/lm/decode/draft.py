@@ -25,7 +25,7 @@ from hasten.lm.cache import Entry, RaggedCache, Shape, common_prefix
 from hasten.lm.decode import verify
 from hasten.lm.decode.control import Speculation, check
 from hasten.lm.decode.verify import Uniform
-from hasten.lm.tree import Proposal, Tree
+from hasten.lm.tree import ROOT, Growing, Proposal, Tree
 from hasten.usage import Cost
 from hasten.values import UserError, did_you_mean
 
@@ -49,13 +49,17 @@ class Settings(Protocol):
     def confidence(self) -> float: ...
     @property
     def ensemble_weight(self) -> float: ...
+    @property
+    def branches(self) -> int: ...
 
 
 def check_settings(name: str, options: Settings) -> None:
     """UserError for options that do not go together."""
     if options.mode not in MODES:
         raise UserError(f"{name}: mode={options.mode!r}: no such mode{did_you_mean(options.mode, MODES)}")
-    check(name, options.k, chosen_schedule(options))
+    check(name, options.k, chosen_schedule(options), options.branches)
+    if options.branches > 1 and (options.mode == "block" or options.ensemble_weight < 1):
+        raise UserError(f"{name}: branches go with mode=coupled or mode=rejection, and with ensemble_weight=1")
     if options.mode != "coupled" and options.schedule == "goodput":
         raise UserError(f"{name}: mode={options.mode} needs schedule=constant or heuristic, or its answers would depend on a clock")
     if not 0 <= options.confidence < 1 or not 0 < options.ensemble_weight <= 1:
@@ -75,7 +79,8 @@ class Options:
 
     schedule: how many of k are proposed: goodput (as many as pay, none included; default with coupled), constant (default otherwise, where the
     answer depends on what is proposed and must not depend on a clock) or heuristic. confidence: stop drafting where the draft's likeliest token
-    is less likely than this. ensemble_weight: below 1 more is accepted than is exact (rejection only; approximate).
+    is less likely than this. ensemble_weight: below 1 more is accepted than is exact (rejection only; approximate). branches: tokens tried at
+    each position, the draft going on after the first of them; k counts them all (not with block).
     """
 
     model: str = ""
@@ -84,6 +89,7 @@ class Options:
     schedule: str = "auto"
     confidence: float = 0.0
     ensemble_weight: float = 1.0
+    branches: int = 1
 
     def __post_init__(self) -> None:
         check_settings("draft", self)
@@ -107,6 +113,7 @@ class State:
 
     entry: Entry | None = None
     laws: list[torch.Tensor] = field(default_factory=list)
+    first: list[int] = field(default_factory=list)  # of a tree, the tokens that the draft went on after
     prompt: int = 0
     reused: int = 0
     generated: int = 0
@@ -124,6 +131,7 @@ class Job:
     most: int
     pending: list[int]
     drafted: list[int] = field(default_factory=list)
+    beside: list[list[int]] = field(default_factory=list)  # at each position, others that are tried as well
     constraint: Any = None
 
     @property
@@ -139,12 +147,13 @@ class Draft(Speculation):
     role = "draft"
 
     def __init__(self, options: Settings, model: Any, vocabulary: Vocabulary) -> None:
-        super().__init__(options.k, chosen_schedule(options))
+        super().__init__(options.k, chosen_schedule(options), options.branches)
         self.options, self.model, self.words = options, model, vocabulary
         self.ledger = model_cost(model)
         self.passes = 0
 
     def bind(self, engine: Any) -> None:
+        super().bind(engine)
         facts, parameter = hf.facts(self.model), next(self.model.parameters())
         shape = Shape(facts.layers, facts.kv_heads, facts.head_dim, parameter.dtype, parameter.device)
         rows = engine.scheduler.max_rows
@@ -154,15 +163,28 @@ class Draft(Speculation):
 
     # --- proposing ------------------------------------------------------------------------------------------------------------------
 
-    def draft(self, rows: Sequence[Row], lengths: Sequence[int]) -> list[list[int]]:
-        jobs = [job for row, k in zip(rows, lengths, strict=True) if k > 0 and (job := self._job(row, k)) is not None]
+    def draft(self, rows: Sequence[Row], lengths: Sequence[int]) -> list[Proposal]:
+        wide = self.branches if self.branching else 1
+        asked = {id(row): k for row, k in zip(rows, lengths, strict=True)}
+        jobs = [job for row, k in zip(rows, lengths, strict=True) if k > 0 and (job := self._job(row, -(-k // wide))) is not None]
         going = jobs
         while going:
             ready, logits = self._pass(going)
             self._choose(ready, logits)
             going = [job for job in going if job.pending]
-        found = {id(job.row): job.drafted for job in jobs}
+        found = {id(job.row): self._proposal(job, asked[id(job.row)]) for job in jobs}
         return [found.get(id(row), []) for row in rows]
+
+    def _proposal(self, job: Job, k: int) -> Proposal:
+        """What was drafted: a chain, or one with leaves beside it, position by position, k tokens in all."""
+        if not any(job.beside):
+            return job.drafted
+        grown, parent = Growing(), ROOT
+        for token, others in zip(job.drafted, job.beside, strict=True):
+            nodes = [grown.add(parent, t) for t in (token, *others)]
+            parent = nodes[0]
+        job.state.first = job.drafted
+        return grown.tree().head(k)
 
     def _job(self, row: Row, k: int) -> Job | None:
         """A row with its cache rewound to what is still right; None where the draft has no room for it."""
@@ -234,21 +256,33 @@ class Draft(Speculation):
         allowed = self._mask(ready, raw)
         choices = [self.engine.choice(job.row, job.drafted) for job in ready]
         if self.options.mode == "coupled" and not self.options.confidence:
-            self._take(ready, sampler.choose(raw, choices, allowed).tokens)
+            self._take(ready, self._coupled(raw, choices, allowed))
             return
         processed = sampler.processed(raw, choices, allowed)
         laws = sampler.laws(processed, [c.sampling for c in choices])
         sure = [i for i, p in enumerate(laws.amax(-1).tolist()) if p >= self.options.confidence]
         if self.options.mode == "coupled":
-            tokens = sampler.choose(raw, choices, allowed).tokens
+            tokens = self._coupled(raw, choices, allowed)
         else:
-            tokens = [verify.drawn(law, self._uniform(j.row)(verify.DRAFT, len(j.drafted))) for j, law in zip(ready, laws, strict=True)]
+            tokens = [self._drawn(job, law) for job, law in zip(ready, laws, strict=True)]
             for i in sure:
                 ready[i].state.laws.append(laws[i])
         self._take([ready[i] for i in sure], [tokens[i] for i in sure])
 
-    def _take(self, jobs: Sequence[Job], tokens: Sequence[int]) -> None:
-        for job, token in zip(jobs, tokens, strict=True):
+    def _coupled(self, raw: torch.Tensor, choices: Sequence[sampler.Choice], allowed: torch.Tensor | None) -> list[list[int]]:
+        """Each position's tokens by the target's noise: the first alone, or the first few where the proposal may branch."""
+        if self.branching:
+            return sampler.ranked(raw, choices, self.branches, allowed)
+        return [[token] for token in sampler.choose(raw, choices, allowed).tokens]
+
+    def _drawn(self, job: Job, law: torch.Tensor) -> list[int]:
+        """A position's tokens from the draft's law, without replacement."""
+        uniform, i, wide = self._uniform(job.row), len(job.drafted), self.branches if self.branching else 1
+        return verify.several(law, wide, lambda j: uniform(verify.DRAFT, i if wide == 1 else wide * i + j))
+
+    def _take(self, jobs: Sequence[Job], tokens: Sequence[list[int]]) -> None:
+        for job, (token, *others) in zip(jobs, tokens, strict=True):
+            job.beside.append(others)
             job.drafted.append(token)
             job.state.generated += 1
             if self.engine.constraint is not None:
@@ -263,11 +297,14 @@ class Draft(Speculation):
     # --- verifying ------------------------------------------------------------------------------------------------------------------
 
     def verify(self, row: Row, proposal: Proposal, chosen: Sequence[int], logits: torch.Tensor) -> list[int]:
-        if isinstance(proposal, Tree) or self.options.mode == "coupled":
+        if self.options.mode == "coupled":
             return verify.coupled(proposal, chosen)
         q = sampler.laws(logits, [row.request.sampling] * len(logits))
         if not proposal:
             return [verify.drawn(q[0], self._uniform(row)(verify.AFTER, 0))]
+        if isinstance(proposal, Tree):
+            nodes = [ROOT, *proposal.follow(row.decode_state.first)]
+            return verify.rounds(proposal, dict(zip(nodes, row.decode_state.laws, strict=False)), q, self._uniform(row))
         p = torch.stack(row.decode_state.laws[: len(proposal)]).to(q.device)
         if self.options.mode == "block":
             return verify.block(proposal, p, q, self._uniform(row))

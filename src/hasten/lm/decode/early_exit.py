@@ -32,7 +32,7 @@ class Options:
 
     mode: coupled, rejection or block (see `verify`). schedule: how many of k are proposed: goodput (as many as pay, none included; default
     with coupled), constant (default otherwise) or heuristic. confidence: stop drafting where the exit's likeliest token is less likely than
-    this. ensemble_weight: below 1 more is accepted than is exact (rejection only; approximate).
+    this. ensemble_weight: below 1 more is accepted than is exact (rejection only; approximate). branches: tokens tried at each position.
     """
 
     layers: int = 0
@@ -41,6 +41,7 @@ class Options:
     schedule: str = "auto"
     confidence: float = 0.0
     ensemble_weight: float = 1.0
+    branches: int = 1
 
     def __post_init__(self) -> None:
         if self.layers < 0:

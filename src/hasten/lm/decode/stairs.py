@@ -40,7 +40,12 @@ class Options:
     k: int = 4
     schedule: str = "goodput"
 
-    mode, confidence, ensemble_weight = "coupled", 0.0, 1.0  # what `Draft` asks; one output a row is enough for this mode alone
+    mode, confidence, ensemble_weight, branches = (
+        "coupled",
+        0.0,
+        1.0,
+        1,
+    )  # what `Draft` asks; one output a row is enough for this mode alone
 
     def __post_init__(self) -> None:
         check("stairs", self.k, self.schedule)
