@@ -64,6 +64,16 @@ def test_a_text_model_reaches_its_card(name):
     assert got == pytest.approx(card["slice"]["perplexity"], rel=0.15)  # these files differ a little between versions of Python
 
 
+@pytest.mark.parametrize("name", [n for n in shipped() if zoo.NAMES[n].exit])
+def test_an_exit_is_accepted_as_often_as_its_card_says(name):
+    card, layers = json.loads((zoo.path(name) / "card.json").read_text()), zoo.NAMES[name].exit
+    assert json.loads((zoo.path(name) / "config.json").read_text())["exit_layers"] == layers
+    windows = perplexity.windows_of(python.tokenizer(zoo.path(name)), perplexity.SLICE)[:8]
+    got = perplexity.exits(sample.load(name), windows, [layers])[f"exit {layers}"]
+    for rate in ("acceptance", "greedy_acceptance"):
+        assert got[rate] == pytest.approx(card[f"exit {layers}"][rate], abs=0.06)
+
+
 @pytest.mark.skipif("python-m" not in shipped(), reason="the pair is not here")
 def test_the_pair_shares_its_tokenizer_and_the_larger_is_better():
     small, large = ((zoo.path(name) / "tokenizer.json").read_text() for name in ("python-s", "python-m"))

@@ -14,6 +14,7 @@ from hasten.values import UserError, did_you_mean
 PAPERS: dict[str, str] = {
     "cpu-inference": "hasten.papers.cpu_inference",
     "speculative-theory": "hasten.papers.speculative_theory",
+    "stairs": "hasten.papers.stairs",
 }
 
 

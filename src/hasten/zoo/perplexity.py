@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 WINDOW, ROWS = 512, 8
+EXIT_WINDOWS = 100
 SLICE = ("bisect.py", "codeop.py", "lzma.py", "netrc.py")  # of the calibration split, and much the same in all versions of Python
 
 
@@ -44,7 +45,7 @@ def evaluate(name: str, n: int = 2000, directory: str | Path | None = None) -> d
         "bits_per_byte": round(nats / math.log(2) * cut[:, 1:].numel() / sizes(words)[cut[:, 1:]].sum().item(), 4),
         "slice": {"files": list(SLICE), "perplexity": round(math.exp(mean_nats(model, windows_of(words, SLICE))), 3)},
     }
-    others = exits(model, cut) if NAMES[name].exit else pair(name, model, cut)
+    others = exits(model, cut[:EXIT_WINDOWS]) if NAMES[name].exit else pair(name, model, cut)
     return result | others | {"cpu_seconds": round(time.process_time() - start, 1)}
 
 
@@ -62,10 +63,10 @@ def pair(name: str, model: Llama, cut: Tensor) -> dict:
     return found
 
 
-def exits(model: Llama, cut: Tensor, most: int = 100) -> dict:
-    """What the model's first layers alone are worth, at most `most` windows: perplexity, and the rates at which the whole model accepts them."""
-    found, cut = {}, cut[:most]
-    for layers in range(1, model.size.layers):
+def exits(model: Llama, cut: Tensor, some: Sequence[int] = ()) -> dict:
+    """What the model's first layers alone are worth, at all exits (the last is the whole) or some: perplexity, and the rates at which the whole model accepts them."""
+    found = {}
+    for layers in some or range(1, model.size.layers + 1):
         short = layerskip.cut(model, layers)
         sampled, greedy = acceptance(model, short, cut)
         rates = {"acceptance": round(sampled, 4), "greedy_acceptance": round(greedy, 4)}
