@@ -135,9 +135,9 @@ def prompts(model: str, text: str, batch: int, index: int) -> Prompts:
         return torch.randint(1, 49152, (batch, PROMPT), generator=rand).tolist()
     from hasten.zoo import python as source
 
-    size = EDIT if text == "edit" else PROMPT
-    found = source.prompts("test", (start + batch) % 200 + batch, size)[-batch:]
-    return [[*p, *p[: EDIT // 8]] for p in found] if text == "edit" else [list(p) for p in found]
+    size, words = EDIT if text == "edit" else PROMPT, source.tokenizer()
+    found = [words.encode(p).ids for p in source.prompts("test", (start + batch) % 200 + batch, size)[-batch:]]
+    return [[*p, *p[1 : 1 + size // 8]] for p in found] if text == "edit" else found
 
 
 def copied(model: Any) -> Any:

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -113,7 +113,7 @@ class Rows:
         known = [self._told(*told) for told in rows]
         wanted = [told[-1] for told in rows]
         self.draft.feed([k.row for k, n in zip(known, wanted, strict=True) if not n])
-        drafted = self.draft.draft([k.row for k in known], wanted)
+        drafted = cast(list[list[int]], self.draft.draft([k.row for k in known], wanted))  # one branch: chains
         p = [self._kept(k, ids) for k, ids in zip(known, drafted, strict=True)]
         cost = {"seconds": time.perf_counter() - began, "passes": self.draft.passes - before}
         return {"drafted": drafted, **cost, **({"p": p} if self.draft.options.mode != "coupled" else {})}

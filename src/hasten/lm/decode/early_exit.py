@@ -24,6 +24,7 @@ from hasten.values import UserError
 
 if TYPE_CHECKING:
     from hasten.lm.scheduler import Row
+    from hasten.lm.tree import Proposal
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Options:
 
     mode: coupled, rejection or block (see `verify`). schedule: how many of k are proposed: goodput (as many as pay, none included; default
     with coupled), constant (default otherwise) or heuristic. confidence: stop drafting where the exit's likeliest token is less likely than
-    this. ensemble_weight: below 1 more is accepted than is exact (rejection only; approximate). branches: tokens tried at each position.
+    this. ensemble_weight: below 1 more is accepted than is exact (rejection only; approximate).
     """
 
     layers: int = 0
@@ -41,7 +42,8 @@ class Options:
     schedule: str = "auto"
     confidence: float = 0.0
     ensemble_weight: float = 1.0
-    branches: int = 1
+
+    branches = 1
 
     def __post_init__(self) -> None:
         if self.layers < 0:
@@ -57,7 +59,7 @@ class EarlyExit(Draft):
     def bind(self, engine: Any) -> None:
         self.engine, self.cache = engine, engine.cache
 
-    def draft(self, rows: Sequence[Row], lengths: Sequence[int]) -> list[list[int]]:
+    def draft(self, rows: Sequence[Row], lengths: Sequence[int]) -> list[Proposal]:
         need = max((len(row.tokens) + k for row, k in zip(rows, lengths, strict=True) if k > 0), default=0)
         most = need if self.cache.reserve(need) else self.cache.capacity  # at once for all: what is drafted must not be moved
         return super().draft(rows, [max(0, min(k, most - len(row.tokens))) for row, k in zip(rows, lengths, strict=True)])
