@@ -156,7 +156,7 @@ def load(
     for role, where in _roles(use).items():
         other, words = models.get(where, device, dtype, own=pin)
         engines[role] = TokenEngine(other, words, role=role, threads=_threads(threads, other), **options | _reuse(slots, target))
-        target.tokenizers[role] = words
+        target.models[role], target.tokenizers[role] = other, words
     return Loaded(recipe, Drive(engines, _build(use, target)), engines, tokenizer, template, time.perf_counter() - began)
 
 

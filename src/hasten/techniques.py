@@ -59,6 +59,7 @@ _ALL = (
     Technique("prefix", "reuse", "lm", "identical", "compute a shared prefix once", "arXiv:2312.07104", "hasten.lm.prefix"),
     Technique("vote", "strategy", "any", "approximate", "most frequent answer of n samples", "arXiv:2203.11171", "hasten.strategies.vote"),
     Technique("best-of-n", "strategy", "any", "approximate", "the sample a reward model prefers", "arXiv:2110.14168", "hasten.strategies.best_of_n"),
+    Technique("rebase", "strategy", "any", "approximate", "width shared out by rewards at each step", "arXiv:2408.00724", "hasten.strategies.rebase"),
 )
 # fmt: on
 TECHNIQUES: dict[str, Technique] = {technique.name: technique for technique in _ALL}

@@ -114,6 +114,7 @@ class TokenLogprob:
 class Result:
     """An answer. finish_reason: "stop" (end of sequence or stop string), "length", "cancelled", or "scored".
 
+    stop_reason: the stop string or stop token id that ended it; None for the model's own end of sequence.
     For n > 1 an engine gives n results, in `others` of the first (the Python API flattens them).
     """
 
@@ -127,6 +128,7 @@ class Result:
     trace: Mapping[str, Any] = field(default_factory=dict)  # how a strategy arrived at its answer: votes, rewards, …
     prompt_tokens: tuple[int, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # one for each prompt token; None for the first, which follows nothing
+    stop_reason: str | int | None = None
 
 
 @dataclass(frozen=True, slots=True)

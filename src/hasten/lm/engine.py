@@ -245,10 +245,10 @@ class TokenEngine:
         for token in committed:
             row.tokens.append(token)
             kept += 1
-            if (token in ends and row.generated > s.min_tokens) or (
-                s.stop and row.generated >= s.min_tokens and text.stopped(self.tokenizer, row.tokens[row.prompt :], 1, s.stop)
-            ):
-                finish = "stop"
+            if token in ends and row.generated > s.min_tokens:
+                finish, row.stop = "stop", token if token in s.stop_token_ids else None
+            elif s.stop and row.generated >= s.min_tokens and (found := text.stopped(self.tokenizer, row.tokens[row.prompt :], 1, s.stop)):
+                finish, row.stop = "stop", found
             elif row.generated >= row.limit:
                 finish = "length"
             if finish:
@@ -316,7 +316,7 @@ class TokenEngine:
         return Result(
             text.cut(words, s.stop) if s.stop else words, tuple(generated), tuple(row.logprobs) if s.logprobs is not None else None, row.finish,
             usage, tuple(row.scores) if row.request.score else None, prompt_tokens=tuple(row.tokens[: row.prompt]),
-            prompt_logprobs=None if s.prompt_logprobs is None else (None, *row.prompt_logprobs),
+            prompt_logprobs=None if s.prompt_logprobs is None else (None, *row.prompt_logprobs), stop_reason=row.stop,
         )  # fmt: skip
 
     def _unpin(self, key: Key) -> None:

@@ -51,6 +51,7 @@ class Row:
     proposed: int = 0
     accepted: int = 0
     finish: str = ""
+    stop: str | int | None = None  # the stop string or id that ended it
     text: str | None = None
 
     @property

@@ -38,11 +38,11 @@ def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
     return "" if tokenizer is None else str(tokenizer.decode(list(tokens), skip_special_tokens=True))
 
 
-def stopped(tokenizer: Any, generated: Sequence[int], new: int, stops: Sequence[str]) -> bool:
-    """Whether a stop string ends within the last `new` tokens. Only a tail is decoded: a character takes at most four byte tokens."""
+def stopped(tokenizer: Any, generated: Sequence[int], new: int, stops: Sequence[str]) -> str | None:
+    """The first stop string that ends within the last `new` tokens. Only a tail is decoded: a character takes at most four byte tokens."""
     tail = generated[-(4 * max(map(len, stops)) + new + 4) :]
     text = decode(tokenizer, tail)
-    return any(s in text for s in stops)
+    return next((s for s in stops if s in text), None)
 
 
 def cut(text: str, stops: Sequence[str]) -> str:

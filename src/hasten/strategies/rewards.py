@@ -37,9 +37,15 @@ def scorer(tokenizers: Mapping[str, Any]) -> Scorer:
     with the target's special tokens in it.
     """
     target, reward = tokenizers.get("target"), tokenizers.get("reward")
-    if target is None or reward is None or target is reward or target.get_vocab().items() <= reward.get_vocab().items():
+    if shared(tokenizers):
         return lambda request: _by_ids
     return lambda request: _by_text(_prompt_ids(request.prompt, target, reward), reward)
+
+
+def shared(tokenizers: Mapping[str, Any]) -> bool:
+    """Whether the reward model reads the target's ids as the target means them."""
+    target, reward = tokenizers.get("target"), tokenizers.get("reward")
+    return target is None or reward is None or target is reward or target.get_vocab().items() <= reward.get_vocab().items()
 
 
 def _score(prompt: Sequence[int], answer: Sequence[int]) -> Request:

@@ -64,7 +64,9 @@ def pair(name: str, model: Llama, cut: Tensor) -> dict:
 
 
 def exits(model: Llama, cut: Tensor, some: Sequence[int] = ()) -> dict:
-    """What the model's first layers alone are worth, at all exits (the last is the whole) or some: perplexity, and the rates at which the whole model accepts them."""
+    """What the model's first layers alone are worth, at all exits (the last is the whole) or some: perplexity, and how often the whole model
+    accepts what they say.
+    """
     found = {}
     for layers in some or range(1, model.size.layers + 1):
         short = layerskip.cut(model, layers)
