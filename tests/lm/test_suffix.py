@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hasten.lm.decode.suffix import Node, Options, Suffix, Tree, continuation
+from hasten.lm.decode.suffix import Node, Options, Suffix, Tree, branching, continuation
 from hasten.values import UserError
 
 texts = st.lists(st.integers(0, 3), min_size=1, max_size=30)
@@ -70,6 +70,32 @@ def test_the_frequent_continuation_of_a_long_match_is_proposed() -> None:
     assert continuation([], 16, 2.0, 0.1) == (0.0, [])
 
 
+def test_a_tree_holds_the_likeliest_continuations_of_all_matches() -> None:
+    tree = Tree(8)
+    text = [1, 2, 3, 4, 5, 9, 1, 2, 3, 4, 6, 9, 1, 2, 3, 7, 5, 8, 1, 2, 3]
+    at = grown(tree, text)
+    found = branching([at], 16, 3, 2.0, 0.05)
+    assert found.path(0) == [4] and found.path(1) == [7], "after 1 2 3 there was 4 twice and 7 once"
+    paths = [found.path(i) for i in range(len(found))]
+    assert [4, 5] in paths and [4, 6] in paths and [7, 5] in paths and len({*map(tuple, paths)}) == len(paths)
+    for n in (1, 2, 5):
+        assert branching([at], n, 3, 2.0, 0.05) == found.head(n), "trees of fewer nodes are heads of larger ones"
+    assert branching([at], 16, 1, 2.0, 0.05).path(1) == [4, 5], "one branch follows the most frequent"
+    assert branching([at], 16, 3, 0.4, 0.05).depth == 1 and len(branching([at, []], 16, 3, 2.0, 0.99)) == 0
+    assert len(branching([[]], 16, 3, 2.0, 0.1)) == 0
+
+
+def test_what_two_trees_know_becomes_one() -> None:
+    mine, other = Tree(4), Tree(4)
+    at, shared = grown(mine, [1, 2, 3, 1, 2]), grown(other, [1, 2, 4, 1, 2])
+    found = branching([at, shared], 16, 2, 2.0, 0.1)
+    assert {found.path(i)[0] for i in range(len(found))} == {3, 4}
+    decode = Suffix(Options(k=8, branches=2, schedule="constant"))
+    decode.finish(row([9, 1, 2, 4, 5], 1))
+    [proposal] = decode.propose([row([1, 2, 3, 1, 2], 5)], [10])
+    assert {proposal.path(i)[0] for i in range(len(proposal))} == {3, 4} and len(proposal) <= 8
+
+
 def row(tokens: list[int], prompt: int) -> Any:
     return SimpleNamespace(tokens=tokens, prompt=prompt, decode_state=None, control=None)
 
@@ -87,7 +113,9 @@ def test_finished_answers_are_remembered_up_to_the_memory_given() -> None:
     assert decode.propose([row([0, 1, 2], 1)], [0]) == [[]]
 
 
-@pytest.mark.parametrize("wrong", [{"k": -1}, {"memory": -1}, {"depth": 1}, {"factor": 0}, {"least": 2}, {"schedule": "fast"}])
+@pytest.mark.parametrize(
+    "wrong", [{"k": -1}, {"memory": -1}, {"depth": 1}, {"factor": 0}, {"least": 2}, {"branches": 0}, {"schedule": "fast"}]
+)
 def test_bad_options_are_refused_by_name(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="suffix"):
         Options(**wrong)
