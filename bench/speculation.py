@@ -1,6 +1,6 @@
 """Speculative decoding against plain decoding in the same engine, and against transformers' assisted generation, in one run.
 
-    python bench/speculation.py [--models python python-exit 135m] [--batches 1 4 16] [--pairs 15] [--tokens 256] [--threads 0]
+    python bench/speculation.py [--models python python-exit 135m] [--texts edit source] [--batches 1 4 16] [--pairs 15] [--tokens 256] [--threads 0]
 
 python: the zoo's python-m with python-s as its draft, native steps for both. edit: prompts that hold a held-out file and ask for it again,
 greedy; source: held-out files, greedy; sampled: the same at temperature 1 (text that repeats itself little). python-exit: the same with
@@ -43,7 +43,10 @@ SHAPE = {
 }  # fmt: skip
 TECHNIQUES = ("ngram", "suffix", "draft", "early_exit")
 PEERS = {"ngram": "prompt lookup", "suffix": "prompt lookup", "draft": "assistant", "early_exit": "early exit"}  # of transformers
-PROMPT, EDIT = 128, 200  # tokens of a prompt; of the file in an edit prompt
+PROMPT, EDIT = (
+    128,
+    320,
+)  # tokens of a prompt; of the file in an edit prompt: more than are asked for, so that the answer can be a copy to its end
 Prompts = list[list[int]]
 
 
@@ -81,7 +84,7 @@ def main() -> None:
             if pair.exit_layers:
                 kept[model] = kept_states(pair)
                 say(f"{model}: a round that kept the exit's states would be {kept[model]['median']:.3f} times as fast")
-            for text in TEXTS[model]:
+            for text in [t for t in TEXTS[model] if not args.texts or t in args.texts]:
                 for batch in args.batches:
                     cells += cell(model, pair, text, batch, args)
     document = {"bench": "speculation", "cells": cells, "ratios": ratios, "kept": kept, "bars": bars(cells, ratios)}
@@ -91,6 +94,7 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", default=["python", "135m"], choices=[*PAIRS])
+    parser.add_argument("--texts", nargs="+", default=[], help="these alone (default: all of a model)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--tokens", type=int, default=256)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hasten.lm.decode import theory
-from hasten.lm.decode.control import FIRST_PAUSE, Curve, Either, Goodput, Heuristic, Switch, Trees, check, check_trees
+from hasten.lm.decode.control import FIRST_PAUSE, MARGIN, Curve, Either, Goodput, Heuristic, Switch, Trees, check, check_trees
 from hasten.lm.tree import Tree
 from hasten.values import UserError
 
@@ -158,6 +158,27 @@ def test_curve_interpolates_never_falls_and_goes_on_beyond() -> None:
     for n, seconds in ((1, 1.0), (5, 2.0), (9, 1.5)):
         curve.add(n, seconds)
     assert curve.at(np.array([1, 3, 5, 9, 17])).tolist() == [1.0, 1.5, 2.0, 2.0, 3.0]
+    assert curve.one_by_one(1, 20) == pytest.approx(curve.at(np.arange(1, 20)).tolist())
+
+
+@pytest.mark.parametrize("drafting", [False, True])
+def test_one_row_alone_gets_what_the_rule_says(drafting: bool) -> None:
+    rand = random.Random(0)
+    for _ in range(200):
+        schedule = Goodput(12, drafting)
+        for x, seconds in zip((1, 3, 7, 10), sorted(rand.uniform(1, 3) for _ in range(4)), strict=True):
+            schedule.steps.add(x, seconds)
+        schedule.rates[:] = [rand.random() for _ in range(12)]
+        schedule.draft.add(rand.uniform(0, 0.3))
+        assert schedule.best(rows(1), [9])[1] == [best_by_hand(schedule, 9)]
+
+
+def best_by_hand(schedule: Goodput, most: int) -> int:
+    """The rule, written out: tokens over seconds of each length, none unless another is better by the margin."""
+    p = np.cumprod(0.5 * (schedule.rates.mean() + schedule.rates[:most]))
+    tokens, lengths = np.concatenate([[1.0], 1 + p.cumsum()]), np.arange(most + 1)
+    worth = tokens / (schedule.steps.at(1 + lengths) + lengths * (schedule.draft.value if schedule.drafting else 0.0))
+    return int(worth.argmax()) if worth.max() >= MARGIN * worth[0] else 0
 
 
 def test_bad_options() -> None:

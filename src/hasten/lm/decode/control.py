@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from itertools import accumulate
 from statistics import median
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 SCHEDULES = ("goodput", "constant", "heuristic")
 MARGIN = 1.02  # goodput of a proposal over that of none before it is worth it
 FIRST_PAUSE, LAST_PAUSE = 8, 512  # steps between trials while none is best
+RECHECK = 8  # steps that a choice of lengths is kept while no proposal is judged: nothing more is known then but the clock
 TRIAL = 4  # nodes of a tree that is tried
 
 
@@ -98,15 +100,21 @@ class Goodput:
         self.steps = Curve()
         self.draft = Recent()  # seconds of one drafted position of all rows
         self.rates = np.full(max(k, 1), 0.7)  # of keeping the i-th token when those before it were kept
+        self.tried = np.zeros(max(k, 1), int)
+        self.reach = 2  # tokens proposed at most: doubled when as many have been kept, so that little is lost where nothing is
         self.pause, self.waited = FIRST_PAUSE, 0
         self.asked = 0  # passes of the draft for this step
+        self.age, self.chosen = 0, list[int]()  # steps since lengths were chosen
 
     def doubt(self) -> None:
         pass
 
     def lengths(self, rows: Sequence[Row], room: Sequence[int]) -> list[int]:
-        most = [max(0, min(self.k, n)) for n in room]
-        found = self.best(rows, most)[1]
+        most = [max(0, min(self.k, self.reach, n)) for n in room]
+        if self.age % RECHECK == 0 or len(self.chosen) != len(rows):
+            self.age, self.chosen = 0, self.best(rows, most)[1]
+        self.age += len(rows) in self.steps.known
+        found = [min(n, m) for n, m in zip(self.chosen, most, strict=True)]
         if any(found):
             self.waited, self.pause = 0, FIRST_PAUSE
         elif any(most) and len(rows) in self.steps.known:
@@ -121,6 +129,8 @@ class Goodput:
         longest = max(most, default=0)
         if not longest or len(rows) not in self.steps.known:  # a plain step first: nothing can be compared without it
             return 0.0, [0] * len(rows)
+        if len(rows) == 1:
+            return self._alone(rows, longest)
         alive = self._alive(rows, longest)
         alive[np.arange(longest)[None] >= np.array(most)[:, None]] = 0
         order = np.argsort(-alive, axis=None, kind="stable")
@@ -134,6 +144,19 @@ class Goodput:
             return float(worth[0]), [0] * len(rows)
         return float(worth[best]), np.bincount(order[:best] // longest, minlength=len(rows)).tolist()
 
+    def _alone(self, rows: Sequence[Row], longest: int) -> tuple[float, list[int]]:
+        """The same for one row: with few numbers, NumPy's calls would cost more than a small model's pass."""
+        draft = self.draft.value if self.drafting else 0.0
+        seconds = self.steps.one_by_one(1, longest + 2)
+        plain = best = 1.0 / seconds[0]
+        tokens, length = 1.0, 0
+        for i, p in enumerate(self._alive(rows, longest)[0].tolist()):
+            tokens += p
+            worth = tokens / (seconds[i + 1] + (i // self.wide + 1) * draft)
+            if worth > best and worth >= MARGIN * plain:
+                best, length = worth, i + 1
+        return best, [length]
+
     def _alive(self, rows: Sequence[Row], longest: int) -> np.ndarray:
         """[rows, longest]: how probable it is that a row's i-th token is kept."""
         own = np.array([self.rates.mean() if row.control is None else row.control for row in rows])
@@ -142,9 +165,13 @@ class Goodput:
     def kept(self, row: Row, proposed: int, kept: int) -> None:
         if proposed and self.waited >= self.pause:  # the trial has taken place
             self.waited, self.pause = 0, min(2 * self.pause, LAST_PAUSE)
+        self.age = self.age if not proposed else 0
+        if proposed == kept >= self.reach:
+            self.reach *= 2
         for i in range(min(proposed, kept + 1, self.k)):
             good = float(i < kept)
-            self.rates[i] += 0.05 * (good - self.rates[i])
+            self.tried[i] += 1
+            self.rates[i] += max(0.05, 1 / (2 + self.tried[i])) * (good - self.rates[i])
             row.control = float(self.rates[i]) if row.control is None else row.control + 0.15 * (good - row.control)
 
     def walked(self, row: Row, tree: Tree, path: Sequence[int]) -> None:
@@ -291,6 +318,23 @@ class Curve:
 
     def add(self, positions: int, seconds: float) -> None:
         self.known.setdefault(positions, Recent()).add(seconds)
+
+    def one_by_one(self, first: int, stop: int) -> list[float]:
+        """Seconds of steps of first, first + 1, ... stop - 1 positions, as `at` gives them."""
+        xs = sorted(self.known)
+        ys = list(accumulate((self.known[x].value for x in xs), max))
+        slope = (ys[-1] - ys[0]) / (xs[-1] - xs[0]) if len(xs) > 1 else self.SLOPE * ys[0]
+        out, i = [], 0
+        for x in range(first, stop):
+            while i < len(xs) and xs[i] < x:
+                i += 1
+            if i == len(xs):
+                out.append(ys[-1] + (x - xs[-1]) * slope)
+            elif i == 0 or xs[i] == x:
+                out.append(ys[i])
+            else:
+                out.append(ys[i - 1] + (ys[i] - ys[i - 1]) * (x - xs[i - 1]) / (xs[i] - xs[i - 1]))
+        return out
 
     def at(self, positions: np.ndarray) -> np.ndarray:
         """[N] -> seconds [N]; ones where nothing is known. Never falls with more positions."""

@@ -36,7 +36,7 @@ class Options:
     """
 
     k: int = 16
-    depth: int = 24
+    depth: int = 16
     factor: float = 2.0
     least: float = 0.1
     memory: int = 100_000
@@ -175,8 +175,11 @@ class Suffix(Speculation):
         self.shared = Tree(options.depth)
         self.kept: deque[tuple[int, ...]] = deque()
         self.held = 0
+        self.waiting: deque[tuple[int, ...]] = deque()  # finished answers that nothing has been looked up in yet
 
     def draft(self, rows: Sequence[Row], lengths: Sequence[int]) -> list[Proposal]:
+        while self.waiting and any(lengths):
+            self._count(self.waiting.popleft())
         return [self._one(row, k) for row, k in zip(rows, lengths, strict=True)]
 
     def _one(self, row: Row, k: int) -> Proposal:
@@ -202,10 +205,14 @@ class Suffix(Speculation):
         return at
 
     def finish(self, row: Row) -> None:
-        """Remember a finished answer."""
+        """Remember a finished answer; it is counted when something is looked up, which may be never."""
         answer = tuple(row.tokens[row.prompt :])
-        if not 1 < len(answer) <= self.options.memory:
-            return
+        if 1 < len(answer) <= self.options.memory:
+            self.waiting.append(answer)
+            while sum(map(len, self.waiting)) > self.options.memory:
+                self.waiting.popleft()
+
+    def _count(self, answer: tuple[int, ...]) -> None:
         at: Match = []
         for token in answer:
             at = self.shared.grow(at, token)
