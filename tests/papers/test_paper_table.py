@@ -40,6 +40,7 @@ def test_a_row_a_claim_failures_included(tmp_path: Path, monkeypatch: pytest.Mon
     absent = CLAIM | {"measured": None, "ci": [None, None], "verdict": "not testable here", "published": None}
     file.write_text(json.dumps({"paper": "cpu-inference", "title": "T", "claims": [CLAIM, absent], "settings": {}, "machine": {}}))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(table, "PAPERS", ["cpu-inference"])
     Path("README.md").write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
     monkeypatch.setattr(sys, "argv", ["table"])
     table.main()

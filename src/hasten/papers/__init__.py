@@ -15,6 +15,7 @@ PAPERS: dict[str, str] = {
     "cpu-inference": "hasten.papers.cpu_inference",
     "speculative-theory": "hasten.papers.speculative_theory",
     "stairs": "hasten.papers.stairs",
+    "pearl": "hasten.papers.pearl",
 }
 
 

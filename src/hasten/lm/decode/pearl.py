@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from hasten import cpu, hf, rng, wire
@@ -32,7 +33,6 @@ from hasten.lm.cache import common_prefix
 from hasten.lm.decode import Decode, coupled, verify
 from hasten.lm.decode.control import Curve, Recent
 from hasten.lm.decode.drafter import COMMAND, Drafter, Gone, Process, Told, law_of
-from hasten.lm.decode.theory import pearl_tokens
 from hasten.usage import Cost
 from hasten.values import UserError, did_you_mean
 
@@ -47,7 +47,7 @@ FIRST = 4  # the window before anything was measured: the released code's
 @dataclass(frozen=True)
 class Options:
     """model: the draft, a directory, hub id or zoo:NAME with the target's tokenizer. window: tokens drafted while the target takes a step (0:
-    what brings most by measured times and acceptance, which is the ratio of speeds where checking is free). most: that window at most. mode:
+    the best by measured times and acceptance, which is the ratio of speeds where checking is free). most: that window at most. mode:
     coupled (plain decoding's own tokens) or rejection (its law, more is kept). cores: processor cores that the draft has for itself. device:
     what the draft runs on, cpu or cuda.
     """
@@ -135,33 +135,47 @@ class Lane:
 
 
 class Window:
-    """How many tokens to draft in a step: the number of the greatest goodput, tokens a step by the state machine's closed form at the measured
-    acceptance, over the slower of the two sides. Where checking more positions costs nothing, that is the ratio of speeds (theorem 1).
+    """How many tokens to draft in a step: the number at which a refusal costs the fewest seconds, by what was measured.
+
+    After each refusal comes one pre-verify and, with acceptance a and a window of k, a / (1 - a^k) post-verifies on average (the state machine's
+    count); each takes as long as the slower of the two sides. Where checking more positions costs nothing, the best is the ratio of speeds, as
+    theorem 1 has it.
     """
+
+    FEWEST = 3  # measurements of a step before its length counts: the first ones are slow
 
     def __init__(self, fixed: int, most: int) -> None:
         self.fixed, self.most = fixed, most
         self.acceptance = 0.8
         self.draft: dict[int, Recent] = {}  # seconds of one drafted position, by rows
-        self.target = Curve()  # seconds of a step of the target, by positions
+        self.target: dict[int, Recent] = {}  # seconds of a step of the target, by positions
 
     def length(self, rows: int) -> int:
-        if self.fixed or rows not in self.draft or not self.target.known:
+        steps = {n: recent for n, recent in self.target.items() if len(recent.last) >= self.FEWEST}
+        if self.fixed or rows not in self.draft or not steps:
             return self.fixed or min(FIRST, self.most)
-        lengths = range(1, self.most + 1)
-        seconds = self.target.at(rows * torch.arange(1, self.most + 1).numpy())
-        goodput = [pearl_tokens(self.acceptance, k) / max(k * self.draft[rows].value, s) for k, s in zip(lengths, seconds, strict=True)]
-        return max(lengths, key=lambda k: goodput[k - 1])
+        a, k, step = min(self.acceptance, 0.99), np.arange(1, self.most + 1), line(steps)
+        drafting = k * self.draft[rows].value
+        seconds = np.maximum(drafting, step(rows + 0 * k)) + a / (1 - a**k) * np.maximum(drafting, step(rows * k))
+        return int(k[seconds.argmin()])
 
     def timed(self, rows: int, positions: int, passes: int, drafting: float, target: float) -> None:
         """Seconds of a step in which every row decoded."""
-        self.target.add(positions, target)
+        self.target.setdefault(positions, Recent()).add(target)
         if passes:
             self.draft.setdefault(rows, Recent()).add(drafting / passes)
 
     def judged(self, kept: int, refused: int) -> None:
         for good in [1.0] * kept + [0.0] * refused:
             self.acceptance += 0.02 * (good - self.acceptance)
+
+
+def line(steps: Mapping[int, Recent]) -> Callable[[np.ndarray], np.ndarray]:
+    """Seconds by positions: the straight line through what was measured (least squares), never falling."""
+    x, y = np.array([*steps]), np.array([recent.value for recent in steps.values()])
+    apart = x - x.mean()
+    slope = max(0.0, apart @ y / (apart @ apart)) if len(x) > 1 else Curve.SLOPE * y[0]
+    return lambda n: np.maximum(y.mean() + slope * (n - x.mean()), 0.0)
 
 
 # --- all rows -------------------------------------------------------------------------------------------------------------------------------
@@ -244,11 +258,15 @@ class Pearl(Decode):
         self.kept, self.refused, self.iterations = self.kept + kept, self.refused + (kept < len(assumed)), self.iterations + 1
         self.window.judged(kept, int(kept < len(assumed)))
         lane.settle(committed)
+        if self.drafter is None:
+            lane.rest = []
         return committed
 
     def _rejection(self, row: Row, assumed: list[int], logits: torch.Tensor) -> list[int]:
-        """Judge what was assumed, position by position; a token drawn from the target where nothing was."""
+        """Judge what was assumed, position by position; a token drawn from the target where nothing was, or nobody is left who knows its law."""
         lane, q = row.decode_state, sampler.laws(logits, [row.request.sampling] * len(logits))
+        if self.drafter is None:
+            return [verify.drawn(q[0], self._uniform(row, verify.AFTER, 0))]
         for i, token in enumerate(assumed):
             if not verify.accepts(lane.p[i], float(q[i, token]), self._uniform(row, verify.ACCEPT, i)):
                 return [*assumed[:i], verify.instead(token, self._law(row, i), q[i], self._uniform(row, verify.AFTER, i))]
@@ -259,9 +277,9 @@ class Pearl(Decode):
         return rng.uniform(row.request.sampling.seed, row.sample, len(row.tokens) + i, purpose)
 
     def _law(self, row: Row, i: int) -> torch.Tensor | None:
-        """What the i-th assumed token was drawn from; None where it was certain, or can no longer be known: the drafter has just ended."""
+        """What the i-th assumed token was drawn from; None where it was certain, or the drafter ends just now: that one token cannot be exact."""
         lane: Lane = row.decode_state
-        if lane.p[i] == 1 or self.drafter is None:
+        if lane.p[i] == 1:
             return None
         try:
             self._say(do="law", row=lane.number, position=len(row.tokens) + i)
@@ -299,9 +317,9 @@ class Pearl(Decode):
             self.window.timed(self._rows, sum(len(lane.rest) + 1 for lane in lanes), said["passes"], said["seconds"], taken)
 
     def _alone(self, gone: Gone) -> None:
-        """The drafter has ended: go on with what it had drafted, and then without."""
-        warnings.warn(f"pearl: {gone}; decoding goes on without a draft", RuntimeWarning, stacklevel=2)
+        """The drafter has ended: go on without."""
         self.close()
+        warnings.warn(f"pearl: {gone}; decoding goes on without a draft", RuntimeWarning, stacklevel=2)
 
     def finish(self, row: Row) -> None:
         self._collect()
