@@ -78,6 +78,10 @@ class Loaded:
         for engine in self.engines.values():
             engine.decode.close()
 
+    def processor_seconds(self) -> float:
+        """Processor time that other processes have used for it so far."""
+        return sum(engine.decode.processor_seconds() for engine in self.engines.values())
+
     def __enter__(self) -> Loaded:
         return self
 

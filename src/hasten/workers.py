@@ -177,7 +177,7 @@ class Workers:
 
     def processor_seconds(self) -> float:
         """Processor time that the processes have used so far; 0.0 where the system does not tell."""
-        return sum(_seconds(replica.process.pid) for replica in self._replicas)
+        return sum(replica.processor_seconds() for replica in self._replicas)
 
     # --- inside -------------------------------------------------------------------------------------------------------------------
 
@@ -283,16 +283,6 @@ def _late(result: Result, seconds: float) -> Result:
     return replace(result, usage=usage, others=tuple(_late(other, seconds) for other in result.others))
 
 
-def _seconds(process: int) -> float:
-    """User and system time of a process (proc(5), stat: fields 14 and 15)."""
-    try:
-        with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
-            fields = file.read().rpartition(")")[2].split()
-    except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 # --- loading ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -306,6 +296,9 @@ class Spread(Loaded):
 
     def close(self) -> None:
         self.engine.close()
+
+    def processor_seconds(self) -> float:
+        return self.engine.processor_seconds()
 
 
 def spread(recipe: Recipe, workers: str | int, *, threads: str | int, template: str, device: str, **options: Any) -> Spread:

@@ -39,6 +39,9 @@ class Here:
     def receive(self) -> dict[str, Any]:
         return json.loads(self.said.popleft())
 
+    def processor_seconds(self) -> float:
+        return 0.0
+
     def close(self) -> None:
         self.said.clear()
 

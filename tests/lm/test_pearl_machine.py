@@ -119,6 +119,9 @@ class Chain:
     def law(self, message: Mapping[str, Any]) -> dict[str, Any]:
         return {"law": base64.b64encode(P[self.laws[message["position"]]].numpy().tobytes()).decode()}
 
+    def processor_seconds(self) -> float:
+        return 0.0
+
     def close(self, message: Any = None) -> dict[str, Any]:
         return {"cost": [0] * 6}
 
@@ -214,6 +217,6 @@ def test_where_checking_is_free_the_window_is_the_ratio_of_speeds() -> None:
 
 def test_the_window_is_short_where_little_is_kept_and_where_checking_costs() -> None:
     assert measured(5.0, 0.0).length(1) == 1
-    assert measured(6.0, 0.9, slope=0.3).length(1) < 6
+    assert measured(6.0, 0.9, slope=0.6).length(1) < 6
     assert Window(0, 16).length(1) == 4 and Window(0, 2).length(3) == 2 and Window(7, 16).length(1) == 7
     assert Window(0, 16).acceptance == 0.8

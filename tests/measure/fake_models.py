@@ -56,6 +56,9 @@ class FakeLoaded:
     threads: int = 1
     startup: Mapping[str, float] = field(default_factory=dict)
 
+    def processor_seconds(self) -> float:
+        return 0.0
+
     def ask(self, prompt: Prompt) -> Prompt:
         return prompt
 

@@ -110,8 +110,7 @@ class Trial:
             warm = [self._request(item) for item in items[: self.setting.concurrency]]
             list(closed_loop(self.loaded.engine, warm, self.setting.concurrency))
             self.close()  # a fresh cache: the next requests are first visitors
-        workers = getattr(self.loaded.engine, "processor_seconds", lambda: 0.0)
-        with EnergyMeter() as energy, Watch(children=workers) as watch:
+        with EnergyMeter() as energy, Watch(children=self.loaded.processor_seconds) as watch:
             requests = [self._request(item) for item in items]
             results = dict(closed_loop(self.loaded.engine, requests, self.setting.concurrency))
         joules = None if energy.joules is None else energy.joules / len(items)

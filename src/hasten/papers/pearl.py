@@ -118,6 +118,7 @@ def _rounds(run: Run, target: str, draft: str) -> None:
 
 def spoken(lm: Any, length: int, s: Settings, repeat: int, tokens: int) -> Line:
     """Tokens a second of one answer, drawn at temperature 1: greedy text of random weights repeats itself."""
+    from hasten.measure.machine import Watch
     from hasten.values import Sampling
 
     technique = lm.engines["target"].decode
@@ -125,9 +126,11 @@ def spoken(lm: Any, length: int, s: Settings, repeat: int, tokens: int) -> Line:
         setattr(*((technique.window, "fixed") if hasattr(technique, "window") else (technique.schedule, "k")), length)
     prompt = np.random.default_rng(repeat).integers(1, s["shape"]["vocab_size"], 16).tolist()
     lm.forget()
-    began = time.perf_counter()
-    lm.generate([prompt], Sampling(max_tokens=tokens, temperature=1.0, seed=repeat, ignore_eos=True))
-    return {"rate": tokens / (time.perf_counter() - began)}
+    with Watch(children=lm.processor_seconds) as watch:
+        began = time.perf_counter()
+        lm.generate([prompt], Sampling(max_tokens=tokens, temperature=1.0, seed=repeat, ignore_eos=True))
+        seconds = time.perf_counter() - began
+    return {"rate": tokens / seconds, "contended": watch.contended}
 
 
 def pair(s: Settings, folder: Path) -> tuple[str, str]:

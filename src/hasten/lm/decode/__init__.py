@@ -48,6 +48,10 @@ class Decode:
         """What other models did for a row, by role."""
         return {}
 
+    def processor_seconds(self) -> float:
+        """Processor time that other processes have used so far."""
+        return 0.0
+
     def close(self) -> None:
         """End what runs beside this process, if there is anything."""
 

@@ -47,6 +47,8 @@ class Drafter(Protocol):
     def receive(self) -> dict[str, Any]:
         """The answer to the oldest message that has none. Raises Gone."""
 
+    def processor_seconds(self) -> float: ...
+
     def close(self) -> None: ...
 
 
@@ -181,6 +183,9 @@ class Process:
                 raise Gone(self._child.end())
             self._heard += heard
         return self._heard.pop(0)
+
+    def processor_seconds(self) -> float:
+        return self._child.processor_seconds()
 
     def close(self) -> None:
         stop([self._child])

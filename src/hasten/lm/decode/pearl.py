@@ -203,6 +203,9 @@ class Pearl(Decode):
         self._end()
         self.drafter, self._asked = None, []
 
+    def processor_seconds(self) -> float:
+        return self.drafter.processor_seconds() if self.drafter else 0.0
+
     # --- asking ----------------------------------------------------------------------------------------------------------------------------
 
     def planned(self, works: Sequence[Work]) -> None:
