@@ -18,7 +18,7 @@ from hasten.engine import run
 from hasten.lm import sampler
 from hasten.lm.cache import common_prefix
 from hasten.lm.constrain.allowed import Allowed
-from hasten.lm.decode.drafter import Rows, law_of
+from hasten.lm.decode.drafter import Gone, Rows, law_of
 from hasten.lm.decode.pearl import Options, Pearl
 from hasten.lm.engine import TokenEngine
 from hasten.lm.scheduler import Row
@@ -155,6 +155,39 @@ def test_messages_are_tiny_and_the_ledger_has_the_draft(pairs: Any, drafts: Any)
     beside: Any = technique.drafter
     rounds = [m for m in beside.messages if m["do"] == "go_on"]
     assert [m["rows"][0][3] for m in rounds] == [prompt, [], [], []]  # the prompt once, and not one id after it
+
+
+class Dying(Here):
+    """A drafter that ends instead of giving its n-th answer."""
+
+    def __init__(self, rows: Rows, left: int) -> None:
+        super().__init__(rows)
+        self.left = left
+
+    def receive(self) -> dict[str, Any]:
+        self.left -= 1
+        if self.left < 0:
+            raise Gone("it has ended")
+        return super().receive()
+
+
+@pytest.mark.parametrize("mode", ["coupled", "rejection"])
+def test_whenever_the_drafter_ends_no_request_is_lost(pairs: Any, drafts: Any, mode: str) -> None:
+    _, ours = pairs("llama")
+    asked, s = prompts(9, 4), {"temperature": 0.9, "max_tokens": 14, "ignore_eos": True}
+    want = answers(TokenEngine(ours), asked, **s)
+    seen = set()
+    for left in range(24):
+        rows = Rows(drafts("llama", "near"), 97, mode, 4, (2,))
+        technique = Pearl(Options(model="x", window=3, mode=mode), lambda _, rows=rows, left=left: Dying(rows, left))  # type: ignore[misc]
+        engine = TokenEngine(ours, decode=technique, max_rows=4)
+        beside: Any = technique.drafter
+        with pytest.warns(RuntimeWarning, match="it has ended; decoding goes on without a draft") as warned:
+            got = answers(engine, asked, **s)
+        assert len(warned) == 1 and [len(tokens) for tokens in got] == [14] * 4
+        assert mode == "rejection" or got == want
+        seen.add(beside.messages[-1]["do"])
+    assert seen >= {"open", "go_on"} and (mode == "coupled" or "law" in seen)
 
 
 def test_refusals_are_as_many_as_total_variation_says(pairs: Any, drafts: Any) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 import hasten
-from hasten import cpu
+from hasten import cpu, hf
 from hasten.cpu import Topology
+from hasten.lm.decode.drafter import Rows
 from hasten.papers import pearl
 from hasten.papers.paper import document
 from hasten.papers.pearl import ALL, COUNTS, DRAFT, FIXED, OF, ONE, OURS, PAPER, PEARL, PLAIN, RELEASED, arms, biased, collect, pair
@@ -76,10 +77,31 @@ def test_the_drafts_layers_are_the_targets_first(tmp_path: Path) -> None:
     assert later < 0.1 * first
 
 
+class Here:
+    """A draft in this process, so that the test starts none."""
+
+    def __init__(self, setup: dict[str, Any]) -> None:
+        model = hf.load_model(setup["model"], device="cpu")
+        self.rows = Rows(model, setup["vocabulary"], setup["mode"], setup["max_rows"], setup["ends"])
+
+    def send(self, message: Any) -> None:
+        self.said = self.rows.answer(message)
+
+    def receive(self) -> dict[str, Any]:
+        return self.said
+
+    def processor_seconds(self) -> float:
+        return 0.0
+
+    def close(self) -> None:
+        pass
+
+
 def test_a_round_measures_every_arm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two cores for whoever asks, though they be one."""
     here = min(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
     monkeypatch.setattr(cpu, "topology", lambda: Topology((((here,), (here,)),)))
+    monkeypatch.setattr("hasten.lm.decode.pearl.started", Here)
     run = Measuring({**pearl.FULL, **TINY, "cores": 2}, "stamp")
     collect(run)
     assert {line["what"] for line in run.lines} == {COUNTS, RELEASED, OURS, *(name for name, *_ in arms(run.settings))}

@@ -62,6 +62,7 @@ class Host:
     max_rows: int
     ends: tuple[int, ...]
     constraint: None = None
+    model: None = None
 
     @property
     def scheduler(self) -> Host:
