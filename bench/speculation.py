@@ -1,11 +1,12 @@
 """Speculative decoding against plain decoding in the same engine, and against transformers' assisted generation, in one run.
 
-    python bench/speculation.py [--models python python-exit 135m] [--texts edit source] [--batches 1 4 16] [--pairs 15] [--tokens 256] [--threads 0]
+    python bench/speculation.py [--models python 135m] [--texts edit source] [--batches 1 4 16] [--pairs 15] [--tokens 256] [--threads 0]
 
 python: the zoo's python-m with python-s as its draft, native steps for both. edit: prompts that hold a held-out file and ask for it again,
-greedy; source: held-out files, greedy; sampled: the same at temperature 1 (text that repeats itself little). python-exit: the same with
-python-m-exit, which drafts for itself through its first layer (`early_exit`); `kept` is what it would be worth if checking went on from the
-exit's states, so that no layer ran twice: seconds of a round as it is over one without the first layers' share of the check. 135m: random weights of
+greedy; source: held-out files, greedy; sampled: the same at temperature 1 (text that repeats itself little). python-m grew out of
+a model of one layer and drafts for itself through its first (`early_exit`); `kept` is what that would be worth if checking went on from the
+exit's states, so that no layer ran twice: seconds of a round as it is over one without the first layers' share of the check.
+135m: random weights of
 SmolLM2-135M's shape with a random draft of two layers, which agrees with it by chance only; greedy text of random weights repeats itself.
 
 A pair is plain and a technique on the same prompts, in turn; what counts is the ratio of wall seconds, prompts included, so a draft pays for
@@ -107,19 +108,12 @@ def arguments() -> argparse.Namespace:
 
 
 def python() -> Pair:
-    return Pair(*map(shipped, ("python-m", "python-s")))
-
-
-def python_exit() -> Pair:
-    target = shipped("python-m-exit")
-    return Pair(target, shipped("python-s"), target.config.exit_layers)
-
-
-def shipped(name: str) -> Any:
     from hasten import zoo
 
     hf.quiet()
-    return LlamaForCausalLM.from_pretrained(zoo.path(name), dtype=torch.float32).eval()
+    return Pair(
+        *(LlamaForCausalLM.from_pretrained(zoo.path(n), dtype=torch.float32).eval() for n in ("python-m", "python-s")), exit_layers=1
+    )
 
 
 def random_pair() -> Pair:
@@ -127,8 +121,8 @@ def random_pair() -> Pair:
     return Pair(*(LlamaForCausalLM(LlamaConfig(**SHAPE, num_hidden_layers=n)).eval() for n in (30, 2)))
 
 
-PAIRS: dict[str, Callable[[], Pair]] = {"python": python, "python-exit": python_exit, "135m": random_pair}
-TEXTS = {"python": ("edit", "source", "sampled"), "python-exit": ("edit", "source", "sampled"), "135m": ("greedy", "sampled")}
+PAIRS: dict[str, Callable[[], Pair]] = {"python": python, "135m": random_pair}
+TEXTS = {"python": ("edit", "source", "sampled"), "135m": ("greedy", "sampled")}
 
 
 def prompts(model: str, text: str, batch: int, index: int) -> Prompts:

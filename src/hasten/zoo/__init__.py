@@ -47,6 +47,7 @@ NAMES: dict[str, Spec] = {
     "arith-xs": Spec("policy", width=64, inner=160, layers=3, heads=4, tokens=13_000_000, seed=1),
     "arith-s": Spec("policy", width=96, inner=256, layers=3, heads=6, tokens=10_000_000, seed=2),
     "arith-m": Spec("policy", width=96, inner=256, layers=9, heads=6, tokens=3_400_000, seed=3, start="arith-s"),
+    "arith-m-exit": Spec("policy", width=96, inner=256, layers=9, heads=6, tokens=3_400_000, seed=7, start="arith-s", exit=3),
     "arith-prm-s": Spec("reward", width=96, inner=256, layers=6, heads=6, tokens=0, seed=4, start="arith-s"),
     "python-s": Spec("text", width=160, inner=448, layers=1, heads=5, tokens=5_500_000, seed=5, rate=0.02, adam=0.008),
     "python-m": Spec("text", width=160, inner=448, layers=12, heads=5, tokens=3_400_000, seed=6, start="python-s", rate=0.01, adam=0.004),

@@ -25,6 +25,7 @@ def evaluate(
     """Re-measure a card: greedy on the first n test problems, and what needs samples on the first `sampled` of them; writes nothing.
 
     A policy: accuracy greedy and of one sample, vote@k, pass@k, how often a wrong vote was a majority's, and with a reward model best-of-k.
+    A policy with exits: what they answer alone, and how often they agree (`layerskip.evaluate`).
     A reward model: AUC a step against the true checker and calibration error, on solutions of every policy that is there.
     A text model: perplexity on n windows of held-out files, see `perplexity.py`.
     """
@@ -44,6 +45,10 @@ def evaluate(
     greedy = [arith.answer_of(tokenizer.decode(s[0])) == p.answer for p, s in zip(ps, best, strict=True)]
     by_k = {k: _mean([g for g, p in zip(greedy, ps, strict=True) if p.k == k]) for k in range(1, arith.MAX_STEPS + 1)}
     result = {"name": name, "n": n, "greedy": _mean(greedy), "greedy_by_k": by_k}
+    if spec(name).exit and samples:
+        from hasten.zoo import layerskip
+
+        result |= layerskip.evaluate(model, ps, [s[0] for s in best])
     if samples:
         ps = ps[:sampled]
         drawn = sample.sample(model, prompts[:sampled], 1.0, seed, copies=samples)

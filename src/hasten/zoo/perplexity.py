@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hasten.zoo import NAMES, layerskip, path, python, sample
+from hasten.zoo import NAMES, path, python, sample
 from hasten.zoo.model import Llama
 from hasten.zoo.tokenizer import SPECIAL
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 WINDOW, ROWS = 512, 8
-EXIT_WINDOWS = 100
 SLICE = ("bisect.py", "codeop.py", "lzma.py", "netrc.py")  # of the calibration split, and much the same in all versions of Python
 
 
@@ -45,8 +44,7 @@ def evaluate(name: str, n: int = 2000, directory: str | Path | None = None) -> d
         "bits_per_byte": round(nats / math.log(2) * cut[:, 1:].numel() / sizes(words)[cut[:, 1:]].sum().item(), 4),
         "slice": {"files": list(SLICE), "perplexity": round(math.exp(mean_nats(model, windows_of(words, SLICE))), 3)},
     }
-    others = exits(model, cut[:EXIT_WINDOWS]) if NAMES[name].exit else pair(name, model, cut)
-    return result | others | {"cpu_seconds": round(time.process_time() - start, 1)}
+    return result | pair(name, model, cut) | {"cpu_seconds": round(time.process_time() - start, 1)}
 
 
 def pair(name: str, model: Llama, cut: Tensor) -> dict:
@@ -60,19 +58,6 @@ def pair(name: str, model: Llama, cut: Tensor) -> dict:
         except ValueError:  # its weights are not here
             continue
         found[f"with {other}"] = {"acceptance": round(sampled, 4), "greedy_acceptance": round(greedy, 4)}
-    return found
-
-
-def exits(model: Llama, cut: Tensor, some: Sequence[int] = ()) -> dict:
-    """What the model's first layers alone are worth, at all exits (the last is the whole) or some: perplexity, and how often the whole model
-    accepts what they say.
-    """
-    found = {}
-    for layers in some or range(1, model.size.layers + 1):
-        short = layerskip.cut(model, layers)
-        sampled, greedy = acceptance(model, short, cut)
-        rates = {"acceptance": round(sampled, 4), "greedy_acceptance": round(greedy, 4)}
-        found[f"exit {layers}"] = {"perplexity": round(math.exp(mean_nats(short, cut)), 3)} | rates
     return found
 
 

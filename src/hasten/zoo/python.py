@@ -160,14 +160,9 @@ def shrink(model: Llama) -> None:
         model.model.embed_tokens.weight.mul_(0.1)
 
 
-def length(done: float) -> int:
-    """Tokens a row after a share `done` of training."""
-    return LONG if done >= 1 - LONG_SHARE else SHORT
-
-
 def loss_of(model: Llama, tokens: Tensor, seed: int, step: int, done: float) -> Tensor:
     """Mean cross-entropy in nats of a step's batch, after a share `done` of training."""
-    ids, following = batch(tokens, seed, step, length(done))
+    ids, following = batch(tokens, seed, step, LONG if done >= 1 - LONG_SHARE else SHORT)
     logits = model.logits(model(ids, torch.arange(ids.shape[1]), None))
     return F.cross_entropy(logits.flatten(0, 1), following.flatten())
 

@@ -89,8 +89,13 @@ def train(
         loss = layerskip.loss_of if s.exit else python.loss_of
         run.go(seconds, progress, lambda step: loss(run.model, tokens, s.seed, step, step / run.steps))
         return save.policy(run.model, where, run.record() | {"text": python.record()}, python.fast(words), exit_layers=s.exit)
-    run.go(seconds, progress, lambda step: loss_of(run.model, batch(s, step, step / run.steps)))
-    return save.policy(run.model, where, run.record())
+
+    def loss_at(step: int) -> Tensor:
+        b = batch(s, step, step / run.steps)
+        return layerskip.loss_of(run.model, b, step) if s.exit else loss_of(run.model, b)
+
+    run.go(seconds, progress, loss_at)
+    return save.policy(run.model, where, run.record(), exit_layers=s.exit)
 
 
 def per_step(s: Spec) -> int:
@@ -102,14 +107,14 @@ def batch(s: Spec, step: int, done: float) -> data.Batch:
     return data.batch(s.seed, step, ROWS, most(done, s.start is not None), slips(done))
 
 
-def grow(model: Llama, small: Llama) -> None:
-    """Start from a smaller model of the same width: its layers are spread evenly, and those between begin by adding nothing.
+def grow(model: Llama, small: Llama, front: bool = False) -> None:
+    """Start from a smaller model of the same width: its layers are spread evenly (front: are the first), and the others begin by adding nothing.
 
     The grown model computes what the small one did (depth growth by identity layers, as in Chen et al. 2015, Net2Net, 1511.05641).
     """
     model.model.embed_tokens.load_state_dict(small.model.embed_tokens.state_dict())
     model.model.norm.load_state_dict(small.model.norm.state_dict())
-    apart = len(model.model.layers) // len(small.model.layers)
+    apart = 1 if front else len(model.model.layers) // len(small.model.layers)
     for i, layer in enumerate(model.model.layers):
         if i % apart == 0 and i // apart < len(small.model.layers):
             layer.load_state_dict(small.model.layers[i // apart].state_dict())
@@ -131,7 +136,7 @@ class Run:
         if s.start:
             from hasten.zoo import sample
 
-            grow(self.model, sample.load(s.start))
+            grow(self.model, sample.load(s.start), front=s.exit > 0)
         self.optimizer = Muon(self.model, lr=s.rate, adam_lr=s.adam)
         self.file = cache(name) / "checkpoint.pt"
 
