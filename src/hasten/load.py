@@ -191,7 +191,10 @@ def _engine(recipe: Recipe, slots: dict[str, list[Use]], target: Target, threads
         for use in slots.get("transform", ()):
             target.model = _build(use, target)
         parts = {slot: _build(slots[slot][0], target) for slot in ("decode", "constraint") if slot in slots}
-        return TokenEngine(target.model, target.tokenizer, threads=count, **parts, **options | _reuse(slots, target))
+        make = getattr(parts.get("decode"), "engine", None)  # a technique that needs another engine than the plain one
+        if make is not None:
+            del parts["decode"]
+        return (make or TokenEngine)(target.model, target.tokenizer, threads=count, **parts, **options | _reuse(slots, target))
 
 
 def _beside(use: Use) -> int:

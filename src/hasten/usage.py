@@ -17,6 +17,7 @@ class Cost:
     scored: positions scored; forwards: forward passes this request took part in; flops: analytic, attention and head included;
     bytes: what those passes had to read: the weights, shared evenly by the rows of a pass, and the request's own cache.
     proposed, accepted: speculative tokens sent to a forward pass, and those that were kept.
+    saved: forward passes that were not needed, because what they would have chosen was forced.
     """
 
     prompt: int = 0
@@ -28,6 +29,7 @@ class Cost:
     bytes: float = 0.0
     proposed: int = 0
     accepted: int = 0
+    saved: int = 0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))

@@ -116,6 +116,15 @@ class RaggedCache:
             source.stamp = self._tick()
         return entry
 
+    def refork(self, entry: Entry, source: Entry, planned: list[int]) -> Entry:
+        """A row in use that becomes a fork of all of another's; only positions where they differ are copied. Both keep their slots."""
+        n, m = common_prefix(entry.tokens, source.tokens), source.length
+        if m > n:
+            self.data[:, :, entry.slot, n:m] = self.data[:, :, source.slot, n:m]
+        entry.tokens = source.tokens[:]
+        self._own(entry, planned)
+        return entry
+
     def truncate(self, entry: Entry, n: int) -> None:
         """Keep the first n positions; the rest is forgotten by rewinding, nothing moves."""
         del entry.tokens[n:]

@@ -82,6 +82,8 @@ class TokenEngine:
             room = max(0, min(DEFAULT_TOKENS, self.cache.max_len - len(tokens)))
             request = replace(request, sampling=replace(request.sampling, max_tokens=room))
         self.limits.check(request, tokens)
+        if self.constraint is not None:
+            self.constraint.check(request)
         for old in request.release:
             self._unpin(old)
         s, now = request.sampling, time.perf_counter()

@@ -10,9 +10,15 @@ from hasten.lm.tree import ROOT, Growing, Proposal, Tree
 if TYPE_CHECKING:
     import torch
 
+    from hasten.values import Request
+
 
 class Constraint(Protocol):
-    """start: the state before the first generated token. permits / advance: one token. mask: bool [states, vocabulary], true where allowed."""
+    """check: UserError where a request cannot be served under it. start: the state before the first generated token. permits / advance: one
+    token. mask: bool [states, vocabulary], true where allowed.
+    """
+
+    def check(self, request: Request) -> None: ...
 
     def start(self, prompt: Sequence[int]) -> Hashable: ...
 

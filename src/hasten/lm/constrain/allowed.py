@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hasten.values import UserError
+from hasten.values import Request, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +27,9 @@ class Allowed:
     def __init__(self, ids: Iterable[int]) -> None:
         self.ids = frozenset(ids)
         self._mask: torch.Tensor | None = None
+
+    def check(self, request: Request) -> None:
+        """Whatever is asked can be served."""
 
     def start(self, prompt: Sequence[int]) -> Hashable:
         return None

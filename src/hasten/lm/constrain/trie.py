@@ -139,6 +139,30 @@ class Trie:
             return torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.int32)
         return a.table[~state, depth].long()[None] + a.base, torch.tensor([state], dtype=torch.int32)
 
+    def child(self, state: int, depth: int, token: int) -> int | None:
+        """The state after a token, None where it leads nowhere."""
+        tokens, follow = self.children(state, depth)
+        at = int(torch.searchsorted(tokens, token))
+        return int(follow[at]) if at < len(tokens) and int(tokens[at]) == token else None
+
+    def leaves(self, state: int, most: int, permits: Any = None) -> list[int]:
+        """States of the rows below a state in their order, `most` at most; permits: states int32 [n] -> bool, those that count."""
+        if state < 0 or most < 1:
+            return [state][: max(most, 0)]
+        out: list[int] = []
+        follow = self.arrays.next[int(self.arrays.first[state]) : int(self.arrays.first[state + 1])]
+        for child in follow[permits(follow)].tolist() if permits is not None else follow.tolist():
+            out += self.leaves(child, most - len(out), permits)
+            if len(out) >= most:
+                break
+        return out
+
+    @functools.cached_property
+    def shortest(self) -> int:
+        """Tokens of the shortest item that was ever in these arrays."""
+        a = self.arrays
+        return a.width if a.lengths is None else int(a.lengths[: self.rows].min())
+
     # --- on disk ------------------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> artifact.Artifact:

@@ -81,10 +81,8 @@ class _Draft:
     def _row(self, item: tuple[int, ...]) -> int | None:
         state, depth = self.trie.root, 0
         while state >= 0 and depth < len(item):
-            tokens, follow = self.trie.children(state, depth)
-            at = int(torch.searchsorted(tokens, item[depth]))
-            state = int(follow[at]) if at < len(tokens) and int(tokens[at]) == item[depth] else DEAD
-            depth += 1
+            child = self.trie.child(state, depth, item[depth])
+            state, depth = DEAD if child is None else child, depth + 1
         return ~state if state < 0 and state != DEAD and self.trie.tuple_of(~state) == item else None
 
     def tokens_of(self, row: int) -> tuple[int, ...]:

@@ -18,12 +18,16 @@ from hasten.values import UserError
 
 @dataclass(eq=False)
 class Filter:
-    """nodes, rows: int32 bit sets over the nodes and rows of a trie. passing: bool [items], as given. where: the bit sets' addresses (CPU)."""
+    """nodes, rows: int32 bit sets over the nodes and rows of a trie, in the version `trie`. where: the bit sets' addresses (CPU)."""
 
     nodes: torch.Tensor
     rows: torch.Tensor
-    passing: np.ndarray
+    trie: Trie
     where: tuple[int, int]
+
+    def fits(self, trie: Trie) -> bool:
+        """Whether it was made for this set in this version."""
+        return self.trie.arrays is trie.arrays and self.trie.root == trie.root and self.trie.added == trie.added
 
     def permits(self, states: torch.Tensor) -> torch.Tensor:
         """bool, of the shape of `states`: whether some item of the filter is there."""
@@ -45,7 +49,7 @@ def filtered(trie: Trie, passing: np.ndarray | torch.Tensor | Sequence[bool]) ->
     rows = torch.from_numpy(_rows(trie, chosen)).to(device)
     nodes = _nodes(trie, rows)
     bits = [_packed(x) for x in (nodes, rows)]
-    return Filter(bits[0], bits[1], chosen, (bits[0].data_ptr(), bits[1].data_ptr()))
+    return Filter(bits[0], bits[1], trie, (bits[0].data_ptr(), bits[1].data_ptr()))
 
 
 def addresses(filters: Sequence[Filter | None] | None) -> torch.Tensor | None:
