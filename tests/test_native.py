@@ -26,7 +26,7 @@ def test_int8_sums_are_exact_on_every_instruction_set(shape: tuple[int, int], th
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     torch.manual_seed(0)
     weight, bias = torch.randn(shape), torch.randn(shape[0])
-    layer = native.Linear(weight, bias, int8=True)
+    layer = native.Linear(weight, bias, bits=8)
     wq, ws = native.quantised(weight)
     for rows in ROWS:
         x = torch.randn(rows, shape[1]) * 3
@@ -48,7 +48,7 @@ def test_fp32_to_rounding(shape: tuple[int, int], rows: int) -> None:
 
 @needed
 def test_rows_of_zeros_and_no_rows() -> None:
-    layer = native.Linear(torch.zeros(5, 7), int8=True)
+    layer = native.Linear(torch.zeros(5, 7), bits=8)
     assert layer(torch.zeros(2, 7)).tolist() == [[0.0] * 5] * 2
     assert layer(torch.zeros(0, 7)).shape == (0, 5)
     assert layer(torch.zeros(2, 3, 7)).shape == (2, 3, 5)
@@ -63,7 +63,7 @@ import torch
 from hasten import native
 torch.manual_seed(0)
 x, w = torch.randn(9, 130), torch.randn(50, 130)
-print(native.Linear(w, int8=True)(x).double().sum().item(), native.Linear(w)(x).double().sum().item())
+print(native.Linear(w, bits=8)(x).double().sum().item(), native.Linear(w)(x).double().sum().item())
 """
     lines = []
     for wanted in (march, "native"):

@@ -46,6 +46,7 @@ class Technique:
 _ALL = (
     Technique("native", "transform", "lm", "identical", "small steps in one C++ call, on a CPU", "", "hasten.lm.transform.native"),
     Technique("int8", "transform", "lm", "approximate", "8-bit weights and activations", "arXiv:2208.07339", "hasten.lm.transform.int8"),
+    Technique("int4", "transform", "lm", "approximate", "4-bit weights, 8-bit activations, on a CPU", "arXiv:2405.04532", "hasten.lm.transform.int4"),
     Technique("compile", "transform", "lm", "identical", "small steps compiled; CUDA graphs on a GPU", "Ansel 2024", "hasten.lm.transform.compile"),
     Technique("plain", "decode", "lm", "identical", "one token a forward pass", "", "hasten.lm.decode.plain"),
     Technique("ngram", "decode", "lm", "identical", "propose what followed the same tokens before", "Saxena 2023", "hasten.lm.decode.ngram"),

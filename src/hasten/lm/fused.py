@@ -23,7 +23,7 @@ from hasten.native import build
 BLOCK = 16  # gate and up projections alternate in blocks of so many outputs
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1}
 TOLERANCE = 0.02  # most that a logit may be off, in standard deviations of the logits, between torch and the step
-TOLERANCE_INT8 = 0.2  # of the mean square: what 8 bits round in one layer moves across a rounding's edge in the next
+TOLERANCE_WHOLE = 0.2  # of the mean square: what 8 bits round in one layer moves across a rounding's edge in the next
 
 
 class Unfit(Exception):
@@ -37,22 +37,22 @@ class Norm:
 
 
 class FusedStep:
-    """`takes(plan)` says whether it does a step; calling it does. int8: int8 weights and activations.
+    """`takes(plan)` says whether it does a step; calling it does. bits: of the weights of layers, 32, 8 or 4; head: of the output layer.
 
     rows: positions in a step at most where torch does prompts faster.
     """
 
     trees = False  # a position sees all that lies before it in its row
 
-    def __init__(self, model: Any, *, int8: bool = False, rows: int = 64) -> None:
-        self.rows, self.int8, isa = rows, int8, build.isa()
-        self.prompts = isa in ("vnni", "amx") or (int8 and isa == "avx2")  # whether torch is slower at long prompts as well
+    def __init__(self, model: Any, *, bits: int = 32, head: int | None = None, rows: int = 64) -> None:
+        self.rows, isa = rows, build.isa()
+        self.prompts = isa in ("vnni", "amx") or (bits < 32 and isa == "avx2")  # whether torch is slower at long prompts as well
         self.rotary = model.model.rotary_emb
         self.head = model.lm_head.weight.shape[0]
         self._keep: list[Any] = []  # what the C++ side points to
         self._table = (torch.empty(0), torch.empty(0))
-        self.handle = self._build(model, int8)
-        self._check(model, int8)
+        self.handle = self._build(model, bits, head or bits)
+        self._check(model, bits < 32)
 
     def takes(self, ids: torch.Tensor, plan: Any) -> bool:
         return isinstance(plan, Plan) and not plan.branches and (self.prompts or len(ids) <= self.rows)
@@ -80,9 +80,9 @@ class FusedStep:
 
     # --- building -----------------------------------------------------------------------------------------------------------------
 
-    def _build(self, model: Any, int8: bool) -> int:
+    def _build(self, model: Any, bits: int, head_bits: int) -> int:
         lib, config = build.library(), model.config.get_text_config(decoder=True)
-        layers = [_layer(layer, native, int8) for layer in model.model.layers]
+        layers = [_layer(layer, bits) for layer in model.model.layers]
         seen = _watch(model)
         if len({s.shape for s in seen.values()}) != 1 or any(s.cap for s in seen.values()):
             raise Unfit("its layers differ in shape, or cap their scores")
@@ -91,7 +91,7 @@ class FusedStep:
         if activation not in ACTIVATIONS:
             raise Unfit(f"its activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
         norm, embedding = _norm(model.model.norm), model.get_input_embeddings().weight.detach()
-        head = native.Linear(model.lm_head.weight, model.lm_head.bias, int8=int8)
+        head = native.Linear(model.lm_head.weight, model.lm_head.bias, bits=head_bits)
         inner, rotary = layers[0].down.k, 2 * self._tables(1)[0].shape[1]
         isa, scaling = build.ISAS.index(build.isa()), next(iter(seen.values())).scale
         sizes = (ctypes.c_int * 8)(config.hidden_size, inner, heads, kv_heads, dim, rotary, ACTIVATIONS[activation], isa)
@@ -107,13 +107,13 @@ class FusedStep:
             lib.hasten_model_layer(handle, *matrices, *norms, seen[i].window or 0)
         return handle
 
-    def _check(self, model: Any, int8: bool) -> None:
+    def _check(self, model: Any, whole: bool) -> None:
         """The step against torch on a few tokens in two chunks; Unfit if they disagree: then the model has something that was not read."""
         ids = torch.arange(7) * 31 % model.get_input_embeddings().weight.shape[0]
         mine, theirs = (_logits(f, ids, model) for f in (self, lambda *a: hf.torch_forward(model, *a)))
         apart, spread = mine - theirs, max(theirs.std().item(), 1e-6)
-        off = (apart.square().mean().sqrt() if int8 else apart.abs().max()).item() / spread
-        if not off <= (TOLERANCE_INT8 if int8 else TOLERANCE):
+        off = (apart.square().mean().sqrt() if whole else apart.abs().max()).item() / spread
+        if not off <= (TOLERANCE_WHOLE if whole else TOLERANCE):
             raise Unfit(f"it computes something that the fused step does not (logits {off:.2g} standard deviations off)")
 
 
@@ -167,7 +167,7 @@ class _Layer:
     norms: Sequence[torch.Tensor | None]  # before attention, before the MLP, of queries, of keys
 
 
-def _layer(layer: Any, native: Any, int8: bool) -> _Layer:
+def _layer(layer: Any, bits: int) -> _Layer:
     try:
         attention, mlp = layer.self_attn, layer.mlp
         qkv = [attention.qkv_proj] if hasattr(attention, "qkv_proj") else [attention.q_proj, attention.k_proj, attention.v_proj]
@@ -177,10 +177,10 @@ def _layer(layer: Any, native: Any, int8: bool) -> _Layer:
         if hasattr(layer, "pre_feedforward_layernorm") or any(m.bias is not None for m in (mlp.down_proj, attention.o_proj)):
             raise Unfit("its layers have more parts than Llama's")
         return _Layer(
-            native.Linear(torch.cat([m.weight for m in qkv]), _biases(qkv), int8=int8),
-            native.Linear(attention.o_proj.weight, int8=int8),
-            native.Linear(_interleaved(gate, up), int8=int8),
-            native.Linear(mlp.down_proj.weight, int8=int8),
+            native.Linear(torch.cat([m.weight for m in qkv]), _biases(qkv), bits=bits),
+            native.Linear(attention.o_proj.weight, bits=bits),
+            native.Linear(_interleaved(gate, up), bits=bits),
+            native.Linear(mlp.down_proj.weight, bits=bits),
             norms,
         )
     except AttributeError as e:

@@ -97,6 +97,7 @@ def _declared(lib: ctypes.CDLL) -> ctypes.CDLL:
         "hasten_team": ([i], p),
         "hasten_team_free": ([p], None),
         "hasten_linear": ([p, p, i, i, i], p),
+        "hasten_linear_int4": ([p, p, p, p, i, i], p),
         "hasten_linear_free": ([p], None),
         "hasten_linear_run": ([p, p, p, i, p, i], None),
         "hasten_model": ([p, p, p, p, p, p], p),

@@ -3,10 +3,12 @@
 // A step of a small batch is bound by the bytes of the weights, once read; so weights are packed in the order in which they are read, layers of
 // one input are joined, what follows a product (bias, residual, activation) is done on its accumulators, and threads meet at a spinning
 // barrier, not through the operating system. Weights are fp32, or int8 with one scale an output (symmetric), against int8 activations with
-// one scale a row: y = (sum_k xq wq) * xs * ws. The integer sums are exact, so every instruction set gives the same numbers.
+// one scale a row: y = (sum_k xq wq) * xs * ws. The integer sums are exact, so every instruction set gives the same numbers. Weights of 4
+// bits are wq = step q, with q in -8..7 and one whole step of at most 15 a group of 32 inputs and output (Lin et al. 2024, arXiv:2405.04532),
+// so they are int8 weights that are stored in half the bytes: sums stay exact, and tiles read them unpacked.
 //
 // Packed weights: panels of 32 outputs as two blocks of 16. fp32 block: [k][16]. int8 block: [k/4][16][4], which is what both VNNI's dot
-// products and AMX's tiles read.
+// products and AMX's tiles read. int4 block: [k/8][16][4] bytes, q + 8 of the first four inputs in the low halves, of the next in the high.
 #include <immintrin.h>
 #include <unistd.h>
 #include <sys/syscall.h>
@@ -24,6 +26,7 @@ namespace {
 
 constexpr int BLOCK = 16, PANEL = 32, DEPTH = 64;  // outputs of a block, of a panel; int8 inputs are padded to a multiple of DEPTH
 constexpr int ROWS = 8;                            // rows that a fp32 or VNNI kernel holds in registers
+constexpr int GROUP = 32;                          // int4 inputs of one step
 
 enum Isa { PORTABLE = 0, AVX2 = 1, VNNI = 2, AMX = 3 };
 
@@ -122,21 +125,47 @@ T* reserve(size_t n) {
 
 struct Linear {
   int n, k, panels, depth;  // outputs, inputs; panels of 32 outputs; inputs as stored
-  bool int8;
+  int bits;                 // of a weight: 32, 8 or 4
   float* w = nullptr;
   int8_t* q = nullptr;
+  uint8_t* halves = nullptr;  // int4, two a byte
+  int8_t* step = nullptr;     // int4: [block][depth / GROUP][16]
   float *scale = nullptr, *bias = nullptr;
   int32_t* sum = nullptr;  // of each output's int8 weights, to undo the offset of unsigned activations
   ~Linear() {
-    for (void* p : {(void*)w, (void*)q, (void*)scale, (void*)bias, (void*)sum}) std::free(p);
+    for (void* p : {(void*)w, (void*)q, (void*)halves, (void*)step, (void*)scale, (void*)bias, (void*)sum}) std::free(p);
   }
+  bool whole() const { return bits < 32; }  // whole numbers: its inputs are int8
+  int groups() const { return depth / GROUP; }
 };
 
-Linear* pack(const float* weight, const float* bias, int n, int k, bool int8) {
-  auto* l = new Linear{n, k, (n + PANEL - 1) / PANEL, int8 ? (k + DEPTH - 1) / DEPTH * DEPTH : k, int8};
-  int padded = l->panels * PANEL;
-  l->bias = reserve<float>(padded);
+Linear* started(const float* bias, int n, int k, int bits) {
+  auto* l = new Linear{n, k, (n + PANEL - 1) / PANEL, bits < 32 ? (k + DEPTH - 1) / DEPTH * DEPTH : k, bits};
+  l->bias = reserve<float>(l->panels * PANEL);
   if (bias) std::memcpy(l->bias, bias, n * sizeof(float));
+  return l;
+}
+
+// q [n][k] in -8..7, step [n][ceil(k / GROUP)] in -15..15, scale [n]
+Linear* pack_int4(const int8_t* q, const int8_t* step, const float* scale, const float* bias, int n, int k) {
+  Linear* l = started(bias, n, k, 4);
+  int padded = l->panels * PANEL, given = (k + GROUP - 1) / GROUP;
+  l->halves = reserve<uint8_t>((size_t)padded * l->depth / 2);
+  l->step = reserve<int8_t>((size_t)padded * l->groups());
+  l->scale = reserve<float>(padded);
+  std::memcpy(l->scale, scale, n * sizeof(float));
+  for (int o = 0; o < n; o++) {
+    size_t block = o / BLOCK;
+    for (int g = 0; g < given; g++) l->step[(block * l->groups() + g) * BLOCK + o % BLOCK] = step[(size_t)o * given + g];
+    for (int i = 0; i < k; i++)
+      l->halves[((block * (l->depth / 8) + i / 8) * BLOCK + o % BLOCK) * 4 + i % 4] |= (q[(size_t)o * k + i] + 8) << (i % 8 / 4 * 4);
+  }
+  return l;
+}
+
+Linear* pack(const float* weight, const float* bias, int n, int k, bool int8) {
+  Linear* l = started(bias, n, k, int8 ? 8 : 32);
+  int padded = l->panels * PANEL;
   if (!int8) {
     l->w = reserve<float>((size_t)padded * k);
     for (int o = 0; o < n; o++)
@@ -344,8 +373,8 @@ void configure(int m) {  // tiles 0-3: sums [rows][16] of two row groups by two 
   _tile_loadconfig(&t);
 }
 
-void panel_amx(const Linear& l, const int8_t* x, const float* xs, int m0, int m, int p, const Out& out) {
-  const int8_t* a = l.q + (size_t)p * PANEL * l.depth;
+// a: the panel's int8 weights
+void panel_amx(const Linear& l, const int8_t* a, const int8_t* x, const float* xs, int m0, int m, int p, const Out& out) {
   const int8_t* b = a + (size_t)BLOCK * l.depth;
   alignas(64) int32_t sums[PANEL][PANEL];
   _tile_zero(0);
@@ -400,6 +429,140 @@ const PanelInt8* panels_int8(int isa) {
   return PANELS_PORTABLE;
 }
 
+// --- products, int4 -------------------------------------------------------------------------------------------------------------
+// Sums of q + 8 over a group start at -8 sum(x), which is `offsets` [rows][groups]; times the group's step they join the row's sum.
+
+template <int M>
+void panel_portable4(const Linear& l, const int8_t* x, const int32_t* offsets, const float* xs, int m0, int p, const Out& out) {
+  for (int m = 0; m < M; m++, x += l.depth, offsets += l.groups()) {
+    int32_t sums[PANEL] = {};
+    for (int b = 0; b < 2; b++)
+      for (int g = 0; g < l.groups(); g++) {
+        size_t at = (size_t)(2 * p + b) * l.groups() + g;
+        const uint8_t* w = l.halves + at * BLOCK * GROUP / 2;
+        for (int o = 0; o < BLOCK; o++) {
+          int32_t s = offsets[g];
+          for (int i = 0; i < GROUP; i++) s += (w[(i / 8 * BLOCK + o) * 4 + i % 4] >> (i % 8 / 4 * 4) & 15) * x[g * GROUP + i];
+          sums[b * BLOCK + o] += s * l.step[at * BLOCK + o];
+        }
+      }
+    dequantise(l, sums, xs[m], m0 + m, p, out);
+  }
+}
+
+#if defined(__AVX2__)
+template <int M>
+void panel_avx24(const Linear& l, const int8_t* x, const int32_t* offsets, const float* xs, int m0, int p, const Out& out) {
+  // A group's sums fit 16 bits: two of them, over 16 inputs each, make an output's. Each starts at -4 sum(x). 32 bytes = 8 outputs.
+  const __m256i low = _mm256_set1_epi8(15);
+  alignas(64) int32_t sums[M][PANEL];
+  for (int part = 0; part < PANEL / 8; part++) {
+    size_t block = 2 * p + part / 2;
+    const uint8_t* w = l.halves + block * BLOCK * l.depth / 2 + (part % 2) * 32;
+    const int8_t* step = l.step + block * BLOCK * l.groups() + (part % 2) * 8;
+    __m256i total[M], s[M];
+    for (int m = 0; m < M; m++) total[m] = _mm256_setzero_si256();
+    for (int g = 0; g < l.groups(); g++) {
+      for (int m = 0; m < M; m++) s[m] = _mm256_set1_epi16((short)(offsets[m * l.groups() + g] / 2));
+      for (int i = 0; i < GROUP / 8; i++, w += 64) {
+        __m256i both = _mm256_load_si256((const __m256i*)w);
+        __m256i first = _mm256_and_si256(both, low), second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) {
+          int32_t four[2];
+          std::memcpy(four, x + (size_t)m * l.depth + g * GROUP + i * 8, 8);
+          s[m] = _mm256_add_epi16(s[m], _mm256_maddubs_epi16(first, _mm256_set1_epi32(four[0])));
+          s[m] = _mm256_add_epi16(s[m], _mm256_maddubs_epi16(second, _mm256_set1_epi32(four[1])));
+        }
+      }
+      __m256i wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(step + g * BLOCK)));
+      wide = _mm256_blend_epi16(wide, _mm256_slli_epi32(wide, 16), 0xAA);  // the step twice, for both sums
+      for (int m = 0; m < M; m++) total[m] = _mm256_add_epi32(total[m], _mm256_madd_epi16(s[m], wide));
+    }
+    for (int m = 0; m < M; m++) _mm256_store_si256((__m256i*)(sums[m] + part * 8), total[m]);
+  }
+  for (int m = 0; m < M; m++) dequantise(l, sums[m], xs[m], m0 + m, p, out);
+}
+#endif
+
+#if defined(__AVX512VNNI__)
+inline __m512i steps_of(const int8_t* step) { return _mm512_cvtepi8_epi32(_mm_load_si128((const __m128i*)step)); }
+
+template <int M>
+void panel_vnni4(const Linear& l, const int8_t* x, const int32_t* offsets, const float* xs, int m0, int p, const Out& out) {
+  const __m512i low = _mm512_set1_epi8(15);
+  alignas(64) int32_t sums[M][PANEL];
+  for (int b = 0; b < 2; b++) {
+    const uint8_t* w = l.halves + (size_t)(2 * p + b) * BLOCK * l.depth / 2;
+    const int8_t* step = l.step + (size_t)(2 * p + b) * BLOCK * l.groups();
+    __m512i total[M], s[M];
+    for (int m = 0; m < M; m++) total[m] = _mm512_setzero_si512();
+    for (int g = 0; g < l.groups(); g++) {
+      for (int m = 0; m < M; m++) s[m] = _mm512_set1_epi32(offsets[m * l.groups() + g]);
+#pragma GCC unroll 4
+      for (int i = 0; i < GROUP / 8; i++, w += 64) {
+        __m512i both = _mm512_load_si512(w);
+        __m512i first = _mm512_and_si512(both, low), second = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+        for (int m = 0; m < M; m++) {
+          int32_t four[2];
+          std::memcpy(four, x + (size_t)m * l.depth + g * GROUP + i * 8, 8);
+          s[m] = _mm512_dpbusd_epi32(s[m], first, _mm512_set1_epi32(four[0]));
+          s[m] = _mm512_dpbusd_epi32(s[m], second, _mm512_set1_epi32(four[1]));
+        }
+      }
+      // a group's sum fits 16 bits: its low half times the step, its high half times nothing
+      __m512i once = _mm512_maskz_mov_epi16(0x55555555, steps_of(step + g * BLOCK));
+      for (int m = 0; m < M; m++) total[m] = _mm512_dpwssd_epi32(total[m], s[m], once);
+    }
+    for (int m = 0; m < M; m++) _mm512_store_si512(sums[m] + b * BLOCK, total[m]);
+  }
+  for (int m = 0; m < M; m++) dequantise(l, sums[m], xs[m], m0 + m, p, out);
+}
+#endif
+
+#if defined(__AMX_INT8__) && defined(__AVX512VNNI__)
+// A panel as int8: step q = step (q + 8) - 8 step, in bytes, whose products by 16 bits go wrong in nothing but the byte above.
+void unpack(const Linear& l, int p, int8_t* to) {
+  const __m512i low = _mm512_set1_epi8(15), even = _mm512_set1_epi16(255);
+  const __m512i fourfold = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0);
+  const uint8_t* w = l.halves + (size_t)p * PANEL * l.depth / 2;
+  const int8_t* step = l.step + (size_t)p * PANEL * l.groups();
+  for (int g = 0; g < 2 * l.groups(); g++, step += BLOCK) {
+    __m512i wide = steps_of(step), twice = _mm512_mask_mov_epi16(wide, 0xAAAAAAAA, _mm512_slli_epi32(wide, 16));
+    __m512i eight = _mm512_and_si512(_mm512_slli_epi16(_mm512_shuffle_epi8(wide, fourfold), 3), _mm512_set1_epi8((char)0xF8));
+    for (int i = 0; i < GROUP / 8; i++, w += 64, to += 128) {
+      __m512i both = _mm512_load_si512(w), part[2] = {_mm512_and_si512(both, low), _mm512_and_si512(_mm512_srli_epi16(both, 4), low)};
+      for (int h = 0; h < 2; h++) {
+        __m512i a = _mm512_mullo_epi16(_mm512_and_si512(part[h], even), twice);
+        __m512i b = _mm512_mullo_epi16(_mm512_andnot_si512(even, part[h]), twice);
+        _mm512_store_si512(to + h * 64, _mm512_sub_epi8(_mm512_ternarylogic_epi32(even, a, b, 0xCA), eight));
+      }
+    }
+  }
+}
+#endif
+
+using PanelInt4 = void (*)(const Linear&, const int8_t*, const int32_t*, const float*, int, int, const Out&);
+constexpr PanelInt4 PANELS_PORTABLE4[ROWS + 1] = EACH(panel_portable4);
+#if defined(__AVX2__)
+constexpr PanelInt4 PANELS_AVX24[ROWS + 1] = EACH(panel_avx24);
+#endif
+#if defined(__AVX512VNNI__)
+constexpr PanelInt4 PANELS_VNNI4[ROWS + 1] = EACH(panel_vnni4);
+#endif
+
+const PanelInt4* panels_int4(int isa) {
+#if defined(__AVX512VNNI__)
+  if (isa >= VNNI) return PANELS_VNNI4;
+#endif
+#if defined(__AVX2__)
+  if (isa >= AVX2) return PANELS_AVX24;
+#endif
+  return PANELS_PORTABLE4;
+}
+
+// --- products, any ----------------------------------------------------------------------------------------------------------------
+
 // One row of fp32 as int8 with a scale; `depth` numbers are written, zeros behind the k-th.
 void quantise(const float* x, int k, int depth, int8_t* q, float* scale) {
   float most = 0;
@@ -410,35 +573,74 @@ void quantise(const float* x, int k, int depth, int8_t* q, float* scale) {
   for (int i = k; i < depth; i++) q[i] = 0;
 }
 
-struct Input {  // rows of a product: fp32, and their int8 form where the weights are int8
+void offsets_of(const int8_t* q, int depth, int32_t* offsets) {
+  for (int g = 0; g < depth / GROUP; g++) {
+    int32_t sum = 0;
+    for (int i = 0; i < GROUP; i++) sum += q[g * GROUP + i];
+    offsets[g] = -8 * sum;
+  }
+}
+
+struct Input {  // rows of a product: fp32, and their int8 form where the weights are whole numbers
   const float* x;
   long stride;
-  const int8_t* q;
-  const float* scale;
+  int8_t* q;
+  float* scale;
+  int32_t* offsets;
+
+  // Rows [range) as `l` wants them.
+  void prepare(const Linear& l, Range rows) const {
+    if (!l.whole()) return;
+    for (int r = rows.begin; r < rows.end; r++) {
+      int8_t* to = q + (size_t)r * l.depth;
+      quantise(x + r * stride, l.k, l.depth, to, scale + r);
+      if (l.bits == 4) offsets_of(to, l.depth, offsets + (size_t)r * l.groups());
+    }
+  }
 };
 
-constexpr int FEW_FOR_TILES = 3;  // from so many rows tiles beat dot products
+constexpr int FEW_FOR_TILES = 3;   // from so many rows tiles beat dot products
+constexpr int FEW_FOR_TILES4 = 9;  // and pay the unpacking of 4 bits
 
 // Panels [range) of all m rows.
 void multiply(const Linear& l, const Input& in, int m, Range range, const Out& out, int isa) {
 #if defined(__AMX_INT8__) && defined(__AVX512VNNI__)
-  if (l.int8 && isa >= AMX && m >= FEW_FOR_TILES) {
+  if (l.bits == 4 && isa >= AMX && m >= FEW_FOR_TILES4) {
+    static thread_local std::vector<int8_t> room;
+    room.resize((size_t)PANEL * l.depth + 64);
+    auto* panel = (int8_t*)(((uintptr_t)room.data() + 63) & ~(uintptr_t)63);
+    for (int p = range.begin, configured = 0; p < range.end; p++) {
+      unpack(l, p, panel);
+      for (int m0 = 0; m0 < m; m0 += PANEL) {
+        int rows = std::min(PANEL, m - m0);
+        if (rows != configured) configure(configured = rows);
+        panel_amx(l, panel, in.q + (size_t)m0 * l.depth, in.scale + m0, m0, rows, p, out);
+      }
+    }
+    _tile_release();
+    return;
+  }
+  if (l.bits == 8 && isa >= AMX && m >= FEW_FOR_TILES) {
     int configured = 0;
     for (int m0 = 0; m0 < m; m0 += PANEL) {
       int rows = std::min(PANEL, m - m0);
       if (rows != configured) configure(configured = rows);
-      for (int p = range.begin; p < range.end; p++) panel_amx(l, in.q + (size_t)m0 * l.depth, in.scale + m0, m0, rows, p, out);
+      for (int p = range.begin; p < range.end; p++) panel_amx(l, l.q + (size_t)p * PANEL * l.depth, in.q + (size_t)m0 * l.depth, in.scale + m0, m0, rows, p, out);
     }
     _tile_release();
     return;
   }
 #endif
   const PanelInt8* kernels = panels_int8(isa);
+  const PanelInt4* kernels4 = panels_int4(isa);
   for (int p = range.begin; p < range.end; p++)
-    for (int m0 = 0, most = l.int8 ? ROWS : ROWS_FP32; m0 < m; m0 += most) {
+    for (int m0 = 0, most = l.whole() ? ROWS : ROWS_FP32; m0 < m; m0 += most) {
       int rows = std::min(most, m - m0);
-      if (l.int8)
-        kernels[rows](l, in.q + (size_t)m0 * l.depth, in.scale + m0, m0, p, out);
+      const int8_t* q = in.q + (size_t)m0 * l.depth;
+      if (l.bits == 4)
+        kernels4[rows](l, q, in.offsets + (size_t)m0 * l.groups(), in.scale + m0, m0, p, out);
+      else if (l.bits == 8)
+        kernels[rows](l, q, in.scale + m0, m0, p, out);
       else
         PANELS_FP32[rows](l, in.x + m0 * in.stride, in.stride, m0, p, out);
     }
@@ -593,13 +795,13 @@ struct Model {
   const float *embedding, *norm;
   Linear* head;  // null: a reward model's score is computed elsewhere
   std::vector<Layer> layers;
-  bool int8;
   int isa;
   Team* team;
   // work space for `room` rows
   int room = 0;
   std::vector<float> x, h, qkv, attended, gated, xs, cosines;
   std::vector<int8_t> q;
+  std::vector<int32_t> offsets;
   std::vector<Scratch> scratch;  // one a thread
 };
 
@@ -644,15 +846,12 @@ struct Run {
     }
   }
 
-  Input input(const Linear& l, const float* x, long stride) { return {x, stride, m.q.data(), m.xs.data()}; }
+  Input input(const float* x, long stride) { return {x, stride, m.q.data(), m.xs.data(), m.offsets.data()}; }
 
-  void prepare(const Linear& l, const float* x, long stride, Range rows) {
-    if (l.int8)
-      for (int r = rows.begin; r < rows.end; r++) quantise(x + r * stride, l.k, l.depth, m.q.data() + (size_t)r * l.depth, &m.xs[r]);
-  }
+  void prepare(const Linear& l, const float* x, long stride, Range rows) { input(x, stride).prepare(l, rows); }
 
   void product(const Linear& l, const float* x, long stride, int rows, const Out& out, int thread) {
-    multiply(l, input(l, x, stride), rows, share(l.panels, thread, m.team->size), out, m.isa);
+    multiply(l, input(x, stride), rows, share(l.panels, thread, m.team->size), out, m.isa);
   }
 
   void normed(const Linear& l, const float* w, Range rows) {
@@ -681,7 +880,7 @@ struct Run {
       for (int task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) attention(l, tasks - 1 - task, keys, values, thread);
       m.team->meet();
       prepare(*l.o, m.attended.data(), queries, rows);
-      if (l.o->int8) m.team->meet();
+      if (l.o->whole()) m.team->meet();
       product(*l.o, m.attended.data(), queries, s.n, {m.x.data(), m.width, ADD, 0}, thread);
       m.team->meet();
       normed(*l.gate_up, l.norm2, rows);
@@ -689,7 +888,7 @@ struct Run {
       product(*l.gate_up, m.h.data(), m.width, s.n, {m.gated.data(), m.inner, GATE, m.act}, thread);
       m.team->meet();
       prepare(*l.down, m.gated.data(), m.inner, rows);
-      if (l.down->int8) m.team->meet();
+      if (l.down->whole()) m.team->meet();
       product(*l.down, m.gated.data(), m.inner, s.n, {m.x.data(), m.width, ADD, 0}, thread);
       m.team->meet();
     }
@@ -742,6 +941,9 @@ void* hasten_team(int threads) { return new Team(std::max(1, threads)); }
 void hasten_team_free(void* team) { delete static_cast<Team*>(team); }
 
 void* hasten_linear(const float* weight, const float* bias, int n, int k, int int8) { return pack(weight, bias, n, k, int8 != 0); }
+void* hasten_linear_int4(const int8_t* q, const int8_t* step, const float* scale, const float* bias, int n, int k) {
+  return pack_int4(q, step, scale, bias, n, k);
+}
 void hasten_linear_free(void* l) { delete static_cast<Linear*>(l); }
 
 // x [m][k] -> y [m][n]
@@ -750,17 +952,14 @@ void hasten_linear_run(void* linear, void* team, const float* x, int m, float* y
   auto& t = *static_cast<Team*>(team);
   static thread_local std::vector<int8_t> buffer;
   static thread_local std::vector<float> scales;
-  if (l.int8) buffer.resize((size_t)(m + 16) * l.depth), scales.resize(m);
-  int8_t* q = buffer.data();
-  float* xs = scales.data();
+  static thread_local std::vector<int32_t> sums;
+  if (l.whole()) buffer.resize((size_t)(m + 16) * l.depth), scales.resize(m), sums.resize((size_t)m * l.groups());
+  Input in{x, l.k, buffer.data(), scales.data(), sums.data()};
   isa = std::min(isa, best_isa());
   auto work = [&](int thread) {
-    Range rows = share(m, thread, t.size);
-    if (l.int8) {
-      for (int r = rows.begin; r < rows.end; r++) quantise(x + (size_t)r * l.k, l.k, l.depth, q + (size_t)r * l.depth, xs + r);
-      t.meet();
-    }
-    multiply(l, {x, l.k, q, xs}, m, share(l.panels, thread, t.size), {y, l.n, STORE, 0}, isa);
+    in.prepare(l, share(m, thread, t.size));
+    if (l.whole()) t.meet();
+    multiply(l, in, m, share(l.panels, thread, t.size), {y, l.n, STORE, 0}, isa);
   };
   t.run(work);
 }
@@ -790,7 +989,7 @@ void hasten_step(void* model, int n, const int64_t* ids, const int64_t* slots, c
     size_t all = (m.heads + 2 * m.kv_heads) * m.dim, queries = m.heads * m.dim, most = 0;
     for (auto& l : m.layers) most = std::max({most, (size_t)l.qkv->depth, (size_t)l.o->depth, (size_t)l.down->depth});
     m.x.resize(n * m.width), m.h.resize(n * m.width), m.qkv.resize(n * all), m.attended.resize(n * queries), m.gated.resize((size_t)n * m.inner);
-    m.xs.resize(n), m.q.resize((n + 16) * most);
+    m.xs.resize(n), m.q.resize((n + 16) * most), m.offsets.resize(n * most / GROUP);
   }
   Step s{n, outputs, ids, slots, positions, which, cosines, sines, cache, all_slots, capacity, logits};
   Run run{m, s};

@@ -86,8 +86,7 @@ def train(
     if s.kind == "text":
         words = python.tokenizer(path(s.start)) if s.start else python.build()
         tokens = python.stream(words, python.files("train"))
-        loss = layerskip.loss_of if s.exit else python.loss_of
-        run.go(seconds, progress, lambda step: loss(run.model, tokens, s.seed, step, step / run.steps))
+        run.go(seconds, progress, lambda step: python.loss_of(run.model, tokens, s.seed, step, step / run.steps))
         return save.policy(run.model, where, run.record() | {"text": python.record()}, python.fast(words), exit_layers=s.exit)
 
     def loss_at(step: int) -> Tensor:

@@ -8,6 +8,7 @@ weights are 8-bit, which saves memory.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +46,7 @@ class Int8Linear(nn.Module):
             self.register_buffer("scale", scale.to(layer.weight.dtype), persistent=False)
             self.run = self._weights_only
         elif compiled.why_not() is None:
-            self.run = native.Linear(layer.weight, layer.bias, int8=True)
+            self.run = native.Linear(layer.weight, layer.bias, bits=8)
         else:
             q, self.scales = native.quantised(layer.weight.detach().float())
             self.columns = q.t().contiguous()
@@ -90,19 +91,19 @@ def quantise(model: Any, options: Options) -> Any:
     """The model with int8 linear layers, and where it is built as Llama is with a fused step of them."""
     from hasten.lm.fused import FusedStep, Unfit
 
-    twin = swapped(model, options.head)
+    twin = swapped(model, lambda layer, head: Int8Linear(layer) if options.head or not head else None)
     if options.fused and options.head and model.device.type == "cpu" and compiled.why_not() is None:
         with suppress(Unfit, AttributeError):  # not built as Llama is: its linear layers are int8 all the same
-            hf.stepped(twin, FusedStep(twin, int8=True, rows=options.rows))
+            hf.stepped(twin, FusedStep(twin, bits=8, rows=options.rows))
     return twin
 
 
-def swapped(model: Any, head: bool = True) -> Any:
-    """A copy of the model (other weights shared) with int8 linear layers."""
+def swapped(model: Any, make: Callable[[nn.Linear, bool], nn.Module | None]) -> Any:
+    """A copy of the model (other weights shared) with linear layers that `make` (layer, whether it is the output layer) made, but for None."""
     twin = hf.shared_copy(model)
     output = model.get_output_embeddings()
     for module in list(twin.modules()):
         for child, layer in list(module._modules.items()):
-            if isinstance(layer, nn.Linear) and (head or layer.weight is not output.weight):
-                module._modules[child] = Int8Linear(layer)
+            if isinstance(layer, nn.Linear) and (made := make(layer, layer.weight is output.weight)) is not None:
+                module._modules[child] = made
     return twin
