@@ -45,13 +45,13 @@ class FusedStep:
     trees = False  # a position sees all that lies before it in its row
 
     def __init__(self, model: Any, *, bits: int = 32, head: int | None = None, rows: int = 64) -> None:
-        self.rows, isa = rows, build.isa()
+        self.rows, self.bits, self.head_bits, isa = rows, bits, head or bits, build.isa()
         self.prompts = isa in ("vnni", "amx") or (bits < 32 and isa == "avx2")  # whether torch is slower at long prompts as well
         self.rotary = model.model.rotary_emb
         self.head = model.lm_head.weight.shape[0]
         self._keep: list[Any] = []  # what the C++ side points to
         self._table = (torch.empty(0), torch.empty(0))
-        self.handle = self._build(model, bits, head or bits)
+        self.handle = self._build(model, bits, self.head_bits)
         self._check(model, bits < 32)
 
     def takes(self, ids: torch.Tensor, plan: Any) -> bool:

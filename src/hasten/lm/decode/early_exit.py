@@ -99,13 +99,14 @@ def build(options: Options, target: Any) -> EarlyExit:
 
 
 def quickest(exit_: Any, model: Any) -> Any:
-    """The exit with steps as quick as the model's own: in one call where it takes that, in int8 where the model is."""
+    """The exit with steps as quick as the model's own: in one call where it takes that, with weights of as few bits."""
     from hasten.lm.fused import FusedStep, Unfit
 
     step = getattr(model, "small_step", None)
-    if not isinstance(step, FusedStep) or not step.int8:
+    if not isinstance(step, FusedStep) or step.bits == 32:
         return quick(exit_)
+    bits = {"bits": step.bits, "head": step.head_bits, "rows": step.rows}
     try:
-        return hf.derived(exit_, "int8", lambda: hf.stepped(hf.shared_copy(exit_), FusedStep(exit_, int8=True, rows=step.rows)))
+        return hf.derived(exit_, ("fused", *bits.values()), lambda: hf.stepped(hf.shared_copy(exit_), FusedStep(exit_, **bits)))
     except Unfit:
         return exit_
