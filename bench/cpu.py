@@ -37,19 +37,32 @@ from hasten.flops import model_cost
 from hasten.measure.machine import Watch, describe
 from hasten.measure.roofline import Roofline, bandwidth, step_bytes
 
-REFERENCE, OURS = "transformers fp32", ("hasten", "hasten native", "hasten int8")
+REFERENCE, OURS = "transformers fp32", ("hasten", "hasten native", "hasten int8", "hasten int4")
 RIVALS = {  # name: script, kind, whether files are converted for it
     REFERENCE: ("transformers_peer.py", "fp32", False),
     "hasten": ("hasten_peer.py", "plain", False),
     "hasten native": ("hasten_peer.py", "native", False),
     "hasten int8": ("hasten_peer.py", "int8", False),
+    "hasten int4": ("hasten_peer.py", "int4", False),
     "llama.cpp F32": ("llama_peer.py", "F32", True),
     "llama.cpp Q8_0": ("llama_peer.py", "Q8_0", True),
+    "llama.cpp Q4_0": ("llama_peer.py", "Q4_0", True),
     "OpenVINO fp": ("openvino_peer.py", "fp", True),
     "OpenVINO int8": ("openvino_peer.py", "int8", True),
 }
-SHARES = {"fp32": 1.0, "f32": 1.0, "F32": 1.0, "bf16": 0.5, "f16": 0.5, "int8": 0.25, "Q8_0": 0.25}  # bytes of weights against fp32's
-TOLERANCE = {1.0: 0.002, 0.5: 0.05, 0.25: 0.15}  # of logits, by share: root of mean square error over their standard deviation
+FIVE = 5 / 32  # layers at 4 bits with steps or scales, the output layer at 8
+SHARES = {
+    "fp32": 1.0,
+    "f32": 1.0,
+    "F32": 1.0,
+    "bf16": 0.5,
+    "f16": 0.5,
+    "int8": 0.25,
+    "Q8_0": 0.25,
+    "int4": FIVE,
+    "Q4_0": FIVE,
+}  # of fp32's bytes
+TOLERANCE = {1.0: 0.002, 0.5: 0.05, 0.25: 0.15, FIVE: 0.6}  # of logits, by share: root of mean square error over their standard deviation
 PROMPT = 512
 
 
@@ -106,7 +119,7 @@ def model_in(folder: Path) -> Any:
 def ceilings(model: Any, args: argparse.Namespace) -> dict[tuple[float, int], Roofline]:
     """Of each share of fp32's weight bytes and batch size; printed."""
     cost, roofs = model_cost(model), {}
-    for share, name in ((1.0, "fp32"), (0.5, "16 bits"), (0.25, "int8")):
+    for share, name in ((1.0, "fp32"), (0.5, "16 bits"), (0.25, "int8"), (FIVE, "int4")):
         speed = bandwidth(share * cost.weight_bytes)
         for batch in args.batches:
             roof = roofs[share, batch] = Roofline(step_bytes(cost, batch, args.context, weights=share, cache=0.5), speed)
@@ -237,12 +250,14 @@ def ratio(mine: Sequence[tuple[float, float]], theirs: Sequence[tuple[float, flo
 
 
 def report(title: str, cell: dict[str, Any], cold: dict[str, float]) -> None:
-    say(f"\n{title:<28} {'median and interval':>28} {'pass':>9} {'x ceiling':>10} {'start, s':>9} {'native /':>9} {'int8 /':>7}")
+    say(
+        f"\n{title:<28} {'median and interval':>28} {'pass':>9} {'x ceiling':>10} {'start, s':>9} {'native /':>9} {'int8 /':>7} {'int4 /':>7}"
+    )
     for name, row in cell["rivals"].items():
-        ratios = [cell["ratios"].get(f"{ours} / {name}", {}).get("median") for ours in ("hasten native", "hasten int8")]
-        native, int8 = ("-" if r is None else f"{r:.2f}" for r in ratios)
+        ratios = [cell["ratios"].get(f"{ours} / {name}", {}).get("median") for ours in OURS[1:]]
+        native, int8, int4 = ("-" if r is None else f"{r:.2f}" for r in ratios)
         over = f"{row['over_ceiling']['median']:.2f}" if "over_ceiling" in row else "-"
-        say(f"  {name:<26} {show(row['ms']):>28} {row['pass_ms']:>9.2f} {over:>10} {cold[name]:>9.1f} {native:>9} {int8:>7}")
+        say(f"  {name:<26} {show(row['ms']):>28} {row['pass_ms']:>9.2f} {over:>10} {cold[name]:>9.1f} {native:>9} {int8:>7} {int4:>7}")
 
 
 # --- bars -------------------------------------------------------------------------------------------------------------------------
@@ -253,14 +268,14 @@ def bars(cells: dict[str, Any]) -> dict[str, Any]:
     out = {}
     for batch in (1, 8):
         out[f"native / llama.cpp F32, batch {batch} <= 1.15"] = bar(cells, f"batch {batch}", "hasten native / llama.cpp F32", 1.15)
-    for other in ("llama.cpp Q8_0", "OpenVINO int8"):
+    for ours, other in (("int8", "llama.cpp Q8_0"), ("int8", "OpenVINO int8"), ("int4", "llama.cpp Q4_0")):
         for where in ("batch 1", "batch 8", "batch 32", f"prefill {PROMPT}"):
-            out[f"int8 / {other}, {where} <= 1"] = bar(cells, where, f"hasten int8 / {other}", 1.0)
+            out[f"{ours} / {other}, {where} <= 1"] = bar(cells, where, f"hasten {ours} / {other}", 1.0)
     over = cells.get("batch 1", {}).get("rivals", {}).get("hasten int8", {}).get("over_ceiling")
     out["int8 / ceiling, batch 1 <= 1.4"] = verdict(over, 1.4)
     if over and over["median"] < 0.95:  # a ceiling that is broken through was measured while something else used the memory
         out["int8 / ceiling, batch 1 <= 1.4"]["met"] = None
-    for name in ("hasten native", "hasten int8"):
+    for name in OURS[1:]:
         seconds = cells["cold start"].get(name)
         out[f"{name}, seconds to a first answer < 15"] = {"measured": seconds, "met": None if seconds is None else seconds < 15}
     return out

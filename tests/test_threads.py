@@ -116,7 +116,7 @@ def test_an_fp32_checkpoint_stays_fp32(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.skipif(build.why_not() is not None, reason="no native step here")
-@pytest.mark.parametrize("transform", ["native", "int8"])
+@pytest.mark.parametrize("transform", ["native", "int8", "int4"])
 def test_our_own_kernels_get_fp32(stored: Path, monkeypatch: pytest.MonkeyPatch, transform: str) -> None:
     sets(monkeypatch, amx=True, avx512_bf16=True)
     models = Models()

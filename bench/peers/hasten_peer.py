@@ -1,4 +1,4 @@
-"""hasten as a rival of itself and of the others (`serving`): steps of the public TokenEngine; KIND: plain, native or int8."""
+"""hasten as a rival of itself and of the others (`serving`): steps of the public TokenEngine; KIND: plain, native, int8 or int4."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Hasten(Rival):
         assert isinstance(engine, TokenEngine)
         self.engine, self.rows = engine, 0
         self._watch()
-        weights = "int8" if kind == "int8" else "fp32"
+        weights = kind if kind in ("int8", "int4") else "fp32"
         self.facts = {
             "version": f"hasten {hasten.__version__}", "weights": weights, "cache": "fp32", "compiled_seconds": build.seconds,
             "fused": getattr(engine.model, "small_step", None) is not None,

@@ -1,4 +1,4 @@
-"""`native` and `int8`: the fused step gives the tokens of the modules it replaces, in every setting of the engine."""
+"""`native`, `int8` and `int4`: the fused step gives the tokens of the modules it replaces, in every setting of the engine."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from hasten.lm.decode.ngram import Ngram
 from hasten.lm.decode.ngram import Options as NgramOptions
 from hasten.lm.engine import TokenEngine
 from hasten.lm.fused import Unfit, attach
-from hasten.lm.transform import int8
+from hasten.lm.transform import int4, int8
 from hasten.lm.transform import native as transform
 from hasten.native import build
-from hasten.values import Request, Sampling
+from hasten.values import Request, Sampling, UserError
 
 pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=f"native code: {build.why_not()}")
 FUSED = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gemma")
@@ -117,21 +117,28 @@ def test_a_part_that_was_not_read_is_noticed() -> None:
 def test_the_original_model_is_left_alone(models: Any) -> None:
     model = hf.prepare(make("llama", torch.float32))
     before = dict(model.named_modules()).keys()
-    fused, quantised = attach(model), int8.build(int8.Options(), SimpleNamespace(model=model))
-    assert not hasattr(model, "small_step") and dict(model.named_modules()).keys() == before
-    assert not any(isinstance(m, int8.Int8Linear) for m in model.modules())
-    assert any(isinstance(m, int8.Int8Linear) for m in quantised.modules())
+    fused = attach(model)
+    for technique, layer in ((int8, int8.Int8Linear), (int4, int4.Int4Linear)):
+        quantised = technique.build(technique.Options(), SimpleNamespace(model=model))
+        assert not hasattr(model, "small_step") and dict(model.named_modules()).keys() == before
+        assert not any(isinstance(m, layer) for m in model.modules())
+        assert any(isinstance(m, layer) for m in quantised.modules())
     assert fused.model.layers[0].mlp.up_proj.weight.data_ptr() == model.model.layers[0].mlp.up_proj.weight.data_ptr()
 
 
-def simulated(model: Any) -> Any:
-    """The W8A8 formula in plain torch, in place of every linear layer."""
+def simulated(model: Any, bits: int, head: int) -> Any:
+    """The formula in plain torch, in place of every linear layer: weights of `bits`, those of the output layer of `head`; activations of 8."""
+    output = model.get_output_embeddings().weight
 
     class Simulated(torch.nn.Module):
         def __init__(self, layer: torch.nn.Linear) -> None:
             super().__init__()
             self.weight, self.bias = layer.weight, layer.bias
-            self.q, self.s = native.quantised(layer.weight.detach())
+            if (head if layer.weight is output else bits) == 8:
+                self.q, self.s = native.quantised(layer.weight.detach())
+            else:
+                q, step, self.s = native.quantised4(layer.weight.detach())
+                self.q = q * step.repeat_interleave(native.GROUP, 1)[:, : q.shape[1]]
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             q, s = native.quantised(x.reshape(-1, x.shape[-1]))
@@ -145,31 +152,53 @@ def simulated(model: Any) -> Any:
     return model
 
 
+WHOLE = {"int8": (int8, {}, (8, 8)), "int4": (int4, {}, (4, 8)), "int4 head": (int4, {"head": 4}, (4, 4))}
+
+
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("family", [f for f in CONFIGS if f != "gpt2"])
-def test_int8_is_its_formula(family: str, fused: bool) -> None:
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_numbers_are_their_formula(name: str, family: str, fused: bool) -> None:
+    technique, options, bits = WHOLE[name]
     model = make(family, torch.float32)
-    ours = int8.build(int8.Options(fused=fused), SimpleNamespace(model=hf.prepare(copy.deepcopy(model))))
+    ours = technique.build(technique.Options(fused=fused, **options), SimpleNamespace(model=hf.prepare(copy.deepcopy(model))))
     assert (getattr(ours, "small_step", None) is not None) == (fused and family in FUSED)
-    want = simulated(hf.prepare(copy.deepcopy(model)))
     ids = torch.arange(3, 40)
     from hasten.lm.fused import _logits
 
-    mine = _logits(lambda *a: hf.forward(ours, *a), ids, ours)
-    theirs = _logits(lambda *a: hf.torch_forward(want, *a), ids, want)
+    def by_formula(bits: int, head: int) -> torch.Tensor:
+        want = simulated(hf.prepare(copy.deepcopy(model)), bits, head)
+        return _logits(lambda *a: hf.torch_forward(want, *a), ids, want)
+
+    mine, theirs = _logits(lambda *a: hf.forward(ours, *a), ids, ours), by_formula(*bits)
     prepared = hf.prepare(model)
     plain = _logits(lambda *a: hf.torch_forward(prepared, *a), ids, prepared)
     noise = (theirs - plain).abs().mean()
-    # a rounding of an activation that falls the other way makes a small difference; int8 itself a large one
+    # a rounding of an activation that falls the other way makes a small difference; the number format itself a large one
     assert (mine - theirs).abs().mean() < 0.2 * noise
+    if bits[0] == 4:  # and another number format is not taken for it
+        assert (mine - by_formula(8, 8)).abs().mean() > 0.2 * noise
 
 
-def test_int8_is_fused_in_a_deep_model_too() -> None:
+def test_where_int4_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    refusal = lambda model: int4.why_not(int4.Options(), SimpleNamespace(model=model)) or ""  # noqa: E731
+    assert "load it with dtype=fp32" in refusal(hf.prepare(make("llama")))
+    assert "CPUs only" in refusal(make("llama", torch.float32).to("meta"))
+    with pytest.raises(UserError, match="8 or 4 bits"):
+        int4.Options(head=5)
+    monkeypatch.setattr(int4.compiled, "isa", lambda: "portable")
+    assert "no AVX2" in refusal(make("llama", torch.float32))
+    monkeypatch.setattr(int4.compiled, "why_not", lambda: "no C++ compiler was found")
+    assert "its own kernels: no C++ compiler" in refusal(make("llama", torch.float32))
+
+
+@pytest.mark.parametrize("technique", [int8, int4])
+def test_whole_numbers_are_fused_in_a_deep_model_too(technique: Any) -> None:
     """Rounding adds up over layers; that is no reason to take the model for one that was read wrongly."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 24, "num_attention_heads": 4}
     model = hf.prepare(LlamaForCausalLM(LlamaConfig(**sizes)).eval())
-    assert hasattr(int8.build(int8.Options(), SimpleNamespace(model=model)), "small_step")
+    assert hasattr(technique.build(technique.Options(), SimpleNamespace(model=model)), "small_step")
 
 
 def test_int8_without_a_compiler_takes_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,8 +212,9 @@ def test_as_recipes() -> None:
     plain = hasten.load("zoo:arith-s").generate(["a = 7 ; b = a * 3 ; c = b + a ; ? b :"], Sampling(max_tokens=40))[0]
     fused = hasten.load("zoo:arith-s +native").generate(["a = 7 ; b = a * 3 ; c = b + a ; ? b :"], Sampling(max_tokens=40))[0]
     assert fused.tokens == plain.tokens
-    eight = hasten.load("zoo:arith-s +int8 +ngram").generate(["a = 7 ; b = a * 3 ; c = b + a ; ? b :"], Sampling(max_tokens=40))[0]
-    assert eight.tokens
+    for name in ("int8", "int4"):
+        whole = hasten.load(f"zoo:arith-s +{name} +ngram").generate(["a = 7 ; b = a * 3 ; c = b + a ; ? b :"], Sampling(max_tokens=40))[0]
+        assert whole.tokens
 
 
 LONG = """

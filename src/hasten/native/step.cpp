@@ -10,8 +10,9 @@
 // Packed weights: panels of 32 outputs as two blocks of 16. fp32 block: [k][16]. int8 block: [k/4][16][4], which is what both VNNI's dot
 // products and AMX's tiles read. int4 block: [k/8][16][4] bytes, q + 8 of the first four inputs in the low halves, of the next in the high.
 #include <immintrin.h>
-#include <unistd.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -19,7 +20,11 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <mutex>
+#include <new>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -116,12 +121,42 @@ inline Range share(int n, int thread, int threads) {
 
 // --- weights --------------------------------------------------------------------------------------------------------------------
 
-template <class T>
-T* reserve(size_t n) {
-  void* p = std::aligned_alloc(64, (n * sizeof(T) + 63) / 64 * 64);
-  if (p) std::memset(p, 0, (n * sizeof(T) + 63) / 64 * 64);
-  return static_cast<T*>(p);
-}
+// Weights of many layers lie in one stretch of huge pages, where the system gives them: a step reads all of them, and looking up a small page
+// each 4 KiB takes up to a third of the time of a step of one row.
+struct Stretch {
+  static constexpr size_t PAGE = 2 << 20, SIZE = 32 << 20;
+  std::shared_ptr<char> memory;
+  size_t size = 0, used = 0;
+
+  explicit Stretch(size_t bytes = 0) : size((bytes + PAGE - 1) / PAGE * PAGE) {
+    if (!size) return;
+    memory.reset(static_cast<char*>(std::aligned_alloc(PAGE, size)), std::free);
+    if (!memory) throw std::bad_alloc();
+    madvise(memory.get(), size, MADV_HUGEPAGE);  // refused: then the pages are small
+  }
+  char* take(size_t bytes) { return memory.get() + std::exchange(used, used + bytes); }
+};
+
+class Memory {  // zeros, for as long as this lives
+  std::vector<std::shared_ptr<char>> parts;
+
+ public:
+  template <class T>
+  T* reserve(size_t n) {
+    static std::mutex one;
+    static Stretch shared;
+    std::lock_guard<std::mutex> hold(one);
+    size_t bytes = (n * sizeof(T) + 63) / 64 * 64;
+    Stretch own;
+    if (bytes > Stretch::SIZE / 4)
+      own = Stretch(bytes);
+    else if (shared.size - shared.used < bytes)
+      shared = Stretch(Stretch::SIZE);
+    Stretch& from = own.size ? own : shared;
+    parts.push_back(from.memory);
+    return reinterpret_cast<T*>(std::memset(from.take(bytes), 0, bytes));
+  }
+};
 
 struct Linear {
   int n, k, panels, depth;  // outputs, inputs; panels of 32 outputs; inputs as stored
@@ -132,16 +167,14 @@ struct Linear {
   int8_t* step = nullptr;     // int4: [block][depth / GROUP][16]
   float *scale = nullptr, *bias = nullptr;
   int32_t* sum = nullptr;  // of each output's int8 weights, to undo the offset of unsigned activations
-  ~Linear() {
-    for (void* p : {(void*)w, (void*)q, (void*)halves, (void*)step, (void*)scale, (void*)bias, (void*)sum}) std::free(p);
-  }
+  Memory memory = {};      // where all of them lie
   bool whole() const { return bits < 32; }  // whole numbers: its inputs are int8
   int groups() const { return depth / GROUP; }
 };
 
 Linear* started(const float* bias, int n, int k, int bits) {
   auto* l = new Linear{n, k, (n + PANEL - 1) / PANEL, bits < 32 ? (k + DEPTH - 1) / DEPTH * DEPTH : k, bits};
-  l->bias = reserve<float>(l->panels * PANEL);
+  l->bias = l->memory.reserve<float>(l->panels * PANEL);
   if (bias) std::memcpy(l->bias, bias, n * sizeof(float));
   return l;
 }
@@ -150,9 +183,9 @@ Linear* started(const float* bias, int n, int k, int bits) {
 Linear* pack_int4(const int8_t* q, const int8_t* step, const float* scale, const float* bias, int n, int k) {
   Linear* l = started(bias, n, k, 4);
   int padded = l->panels * PANEL, given = (k + GROUP - 1) / GROUP;
-  l->halves = reserve<uint8_t>((size_t)padded * l->depth / 2);
-  l->step = reserve<int8_t>((size_t)padded * l->groups());
-  l->scale = reserve<float>(padded);
+  l->halves = l->memory.reserve<uint8_t>((size_t)padded * l->depth / 2);
+  l->step = l->memory.reserve<int8_t>((size_t)padded * l->groups());
+  l->scale = l->memory.reserve<float>(padded);
   std::memcpy(l->scale, scale, n * sizeof(float));
   for (int o = 0; o < n; o++) {
     size_t block = o / BLOCK;
@@ -167,14 +200,14 @@ Linear* pack(const float* weight, const float* bias, int n, int k, bool int8) {
   Linear* l = started(bias, n, k, int8 ? 8 : 32);
   int padded = l->panels * PANEL;
   if (!int8) {
-    l->w = reserve<float>((size_t)padded * k);
+    l->w = l->memory.reserve<float>((size_t)padded * k);
     for (int o = 0; o < n; o++)
       for (int i = 0; i < k; i++) l->w[((size_t)(o / BLOCK) * k + i) * BLOCK + o % BLOCK] = weight[(size_t)o * k + i];
     return l;
   }
-  l->q = reserve<int8_t>((size_t)padded * l->depth);
-  l->scale = reserve<float>(padded);
-  l->sum = reserve<int32_t>(padded);
+  l->q = l->memory.reserve<int8_t>((size_t)padded * l->depth);
+  l->scale = l->memory.reserve<float>(padded);
+  l->sum = l->memory.reserve<int32_t>(padded);
   for (int o = 0; o < n; o++) {
     const float* row = weight + (size_t)o * k;
     float most = 0;
@@ -600,7 +633,7 @@ struct Input {  // rows of a product: fp32, and their int8 form where the weight
 };
 
 constexpr int FEW_FOR_TILES = 3;   // from so many rows tiles beat dot products
-constexpr int FEW_FOR_TILES4 = 9;  // and pay the unpacking of 4 bits
+constexpr int FEW_FOR_TILES4 = 6;  // and pay the unpacking of 4 bits
 
 // Panels [range) of all m rows.
 void multiply(const Linear& l, const Input& in, int m, Range range, const Out& out, int isa) {
