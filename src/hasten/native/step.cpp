@@ -687,35 +687,86 @@ inline float dot(const float* a, const float* b, int n) {
   return s;
 }
 
-// One query group (the heads that share a key head) of one row against its keys: softmax(q k) v.
-void attend(const float* q, const float* keys, const float* values, long stride, int first, int length, int groups, int dim, float scale,
-            float* scores, float* y) {
-  int n = length - first;
+inline float sum(Lanes x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  float s = 0;
+  for (int i = 0; i < WIDTH; i++) s += x[i];
+  return s;
+#endif
+}
+
+// scores [groups][n] of one row's queries against n keys. D: registers that a head fills.
+template <int D>
+void scores_of_row(const float* q, const float* keys, long stride, int n, int groups, float scale, float* scores) {
+  for (int g = 0; g < groups; g++) {
+    Lanes a[D];
+    for (int d = 0; d < D; d++) a[d] = load(q + (g * D + d) * WIDTH) * scale;
+#pragma GCC unroll 4
+    for (int t = 0; t < n; t++) {
+      Lanes s = a[0] * load(keys + t * stride);
+      for (int d = 1; d < D; d++) s += a[d] * load(keys + t * stride + d * WIDTH);
+      scores[(size_t)g * n + t] = sum(s);
+    }
+  }
+}
+
+template <int D>
+void values_of_row(const float* weights, const float* values, long stride, int n, float* y) {
+  constexpr int CHAINS = D == 1 ? 4 : D == 2 ? 2 : 1;  // sums that do not wait for each other
+  Lanes s[CHAINS][D] = {};
+  int t = 0;
+  for (; t + CHAINS <= n; t += CHAINS)
+    for (int c = 0; c < CHAINS; c++)
+      for (int d = 0; d < D; d++) s[c][d] += weights[t + c] * load(values + (t + c) * stride + d * WIDTH);
+  for (; t < n; t++)
+    for (int d = 0; d < D; d++) s[0][d] += weights[t] * load(values + t * stride + d * WIDTH);
+  for (int d = 0; d < D; d++) {
+    for (int c = 1; c < CHAINS; c++) s[0][d] += s[c][d];
+    store(y + d * WIDTH, s[0][d]);
+  }
+}
+
+// In place: the softmax of n scores.
+void softmax(float* s, int n) {
+  float most = -INFINITY, total = 0;
+  for (int t = 0; t < n; t++) most = std::max(most, s[t]);
+  int whole = n / WIDTH * WIDTH;
+  for (int t = 0; t < whole; t += WIDTH) store(s + t, exp(load(s + t) - most));
+  float rest[WIDTH] = {};
+  std::memcpy(rest, s + whole, (n - whole) * sizeof(float));
+  store(rest, exp(load(rest) - most));
+  std::memcpy(s + whole, rest, (n - whole) * sizeof(float));
+  for (int t = 0; t < n; t++) total += s[t];
+  float r = 1.0f / total;
+  for (int t = 0; t < n; t++) s[t] *= r;
+}
+
+// One query group (the heads that share a key head) of one row against its n keys: softmax(q k) v.
+void attend(const float* q, const float* keys, const float* values, long stride, int n, int groups, int dim, float scale, float* scores, float* y) {
+  using Scores = void (*)(const float*, const float*, long, int, int, float, float*);
+  using Values = void (*)(const float*, const float*, long, int, float*);
+  constexpr Scores BY_SIZE[9] = {nullptr, scores_of_row<1>, scores_of_row<2>, scores_of_row<3>, scores_of_row<4>,
+                                 nullptr, scores_of_row<6>, nullptr,          scores_of_row<8>};
+  constexpr Values ADD_BY_SIZE[9] = {nullptr, values_of_row<1>, values_of_row<2>, values_of_row<3>, values_of_row<4>,
+                                     nullptr, values_of_row<6>, nullptr,          values_of_row<8>};
+  int size = dim % WIDTH == 0 && dim / WIDTH <= 8 ? dim / WIDTH : 0;
+  if (BY_SIZE[size])
+    BY_SIZE[size](q, keys, stride, n, groups, scale, scores);
+  else
+    for (int g = 0; g < groups; g++)
+      for (int t = 0; t < n; t++) scores[(size_t)g * n + t] = dot(q + g * dim, keys + t * stride, dim) * scale;
   for (int g = 0; g < groups; g++) {
     float* s = scores + (size_t)g * n;
-    float most = -INFINITY;
-    for (int t = 0; t < n; t++) {
-      s[t] = dot(q + g * dim, keys + (first + t) * stride, dim) * scale;
-      most = std::max(most, s[t]);
+    softmax(s, n);
+    if (BY_SIZE[size]) {
+      ADD_BY_SIZE[size](s, values, stride, n, y + g * dim);
+      continue;
     }
-    float sum = 0;
-    int whole = n / WIDTH * WIDTH;
-    for (int t = 0; t < whole; t += WIDTH) store(s + t, exp(load(s + t) - most));
-    float rest[WIDTH] = {};
-    std::memcpy(rest, s + whole, (n - whole) * sizeof(float));
-    store(rest, exp(load(rest) - most));
-    std::memcpy(s + whole, rest, (n - whole) * sizeof(float));
-    for (int t = 0; t < n; t++) sum += s[t];
-    float r = 1.0f / sum;
-    for (int t = 0; t < n; t++) s[t] *= r;
     for (int i = 0; i < dim; i++) y[g * dim + i] = 0;
-  }
-  for (int t = 0; t < n; t++) {
-    const float* v = values + (first + t) * stride;
-    for (int g = 0; g < groups; g++) {
-      float p = scores[(size_t)g * n + t];
-      for (int i = 0; i < dim; i++) y[g * dim + i] += p * v[i];
-    }
+    for (int t = 0; t < n; t++)
+      for (int i = 0; i < dim; i++) y[g * dim + i] += s[t] * values[t * stride + i];
   }
 }
 
@@ -957,7 +1008,8 @@ struct Run {
     if (t.count == 1) {
       int length = (int)t.position + 1, first = l.window ? std::max(0, length - l.window) : 0;
       if (scratch.scores.size() < (size_t)groups * length) scratch.scores.resize((size_t)groups * length * 2);
-      return attend(q, keys + at, values + at, kv, first, length, groups, m.dim, m.attention_scale, scratch.scores.data(), y);
+      long from = at + (long)first * kv;
+      return attend(q, keys + from, values + from, kv, length - first, groups, m.dim, m.attention_scale, scratch.scores.data(), y);
     }
     auto f = t.count * groups <= WIDTH ? attend_tile<1> : t.count * groups <= 2 * WIDTH ? attend_tile<2> : attend_tile<3>;
     f(t, q, all, keys + at, values + at, kv, l.window, groups, m.dim, m.attention_scale, scratch, y, queries);
