@@ -213,6 +213,10 @@ class Either:
         self.pause = LAST_PAUSE
 
     def lengths(self, rows: Sequence[Row], room: Sequence[int]) -> list[int]:
+        if not self.measured and self.waited + 1 < self.pause:  # nothing to weigh yet
+            self.waited += 1
+            self.branching = False
+            return self.chains.lengths(rows, room)
         most = [max(0, min(self.trees.k, n)) for n in room]
         (chain, _), (tree, found) = self.chains.best(rows, most), self.trees.best(rows, most)
         self.bar, self.brought = chain, len(rows)
