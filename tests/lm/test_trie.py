@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -330,3 +333,33 @@ def test_sets_may_be_emptied_lengthened_and_be_ragged(kind: str) -> None:
         edited(more, delete=[(5, 1), (5, 2)])
     with pytest.raises(UserError, match="item 0 has the token 300"):
         edited(more, [(300, 1)])
+
+
+INTERPRETED = """
+import random, torch
+import test_trie as t
+from hasten.lm.constrain import trie_step, trie_triton
+from hasten.lm.constrain.trie_step import Beams, step
+rng = random.Random(0)
+for case in range(12):
+    lengths, vocabulary = ([5], [2, 3, 5])[case % 2], (9, 300, 70000)[case % 3]
+    trie = t.made("torch", t.random_items(rng, 60, vocabulary - 1, lengths, 0.6), vocabulary, end=vocabulary - 1)
+    beams = trie_step.begin([trie, trie], torch.float64 if case % 4 == 3 else torch.float32)
+    for depth in range(trie.width):
+        rows = beams.states.numel()
+        logp = torch.log_softmax(torch.randn(rows, vocabulary, dtype=beams.scores.dtype), -1)
+        logp[0, :3], logp[-1, 1] = float("nan"), float("-inf")
+        one = trie_step.candidates(trie.arrays, logp, beams.states, beams.depths, beams.scores, trie.branch[depth])
+        two = trie_triton.candidates(trie.arrays, logp, beams.states, beams.depths, beams.scores, trie.branch[depth])
+        assert all(torch.equal(a, b) for a, b in zip(one, two)), (case, depth)
+        beams = step(trie.arrays, logp, beams, 5, trie.branch[depth]).beams
+print("same")
+"""
+
+
+def test_the_triton_kernel_gives_the_same_candidates() -> None:
+    """In Triton's interpreter, which must be chosen before Triton is imported."""
+    pytest.importorskip("triton")
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=env, capture_output=True, text=True)
+    assert done.stdout == "same\n", done.stderr[-3000:]

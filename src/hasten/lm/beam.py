@@ -5,22 +5,24 @@ copies only the positions where they differ, so a shared prompt is copied once a
 ones by beam and then by token. An answer that ended keeps its score and its place among the others; there is no normalisation by length. Scores
 are the model's own log-probabilities, normalised over the whole vocabulary before anything is masked.
 
-Under `trie` a step asks the set for the tokens that may follow (STATIC, arXiv:2602.22647), and an answer is an item. Once each beam has one item
-left, the rest of all of them is scored in a single pass, with the same result as step by step. Under another constraint log-probabilities are
-masked.
+Under `trie` a step asks the set for the tokens that may follow (STATIC, arXiv:2602.22647), and an answer is an item. Once about as many items as
+beams are left, all of them are scored to their ends in a single pass, and the steps that remain, with what they prune, are done on its outputs: the
+same result as step by step, and of a large catalogue most passes are saved. Under another constraint log-probabilities are masked.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 
 from hasten import cpu
 from hasten.lm import beam_select, text
+from hasten.lm.beam_state import Search, Tails
 from hasten.lm.cache import Entry, common_prefix
 from hasten.lm.constrain.items import Items
 from hasten.lm.constrain.trie import DEAD, Trie
@@ -33,37 +35,6 @@ from hasten.usage import Cost, Usage
 from hasten.values import Event, Key, Request, Result, Sampling, UserError
 
 TAKEN = ("max_tokens", "stop_token_ids", "ignore_eos", "seed", "n")  # fields of a request's sampling that mean something here
-
-
-@dataclass(eq=False)
-class Search:
-    """One request. rows: its beams, best first (one while the prompt is computed). ended: which of them have their whole answer.
-
-    states: of a constraint that is no item set. pool: every row that it ever had, for the ledger.
-    """
-
-    key: Key
-    request: Request
-    rows: list[Row]
-    beams: Beams
-    ended: list[bool]
-    states: list[Any]
-    trie: Trie | None
-    filters: list[Filter | None] | None
-    pool: list[Row] = field(default_factory=list)
-    passes: int = 0
-    saved: int = 0
-    tails: list[list[int]] | None = None  # what is left of each beam, once it is forced
-
-    @property
-    def need(self) -> int:
-        """Positions of its longest row."""
-        return self.rows[0].prompt + self.rows[0].limit
-
-    @property
-    def going(self) -> list[int]:
-        """Beams that take part in the next pass."""
-        return [i for i, over in enumerate(self.ended) if not over]
 
 
 class BeamEngine(TokenEngine):
@@ -161,12 +132,12 @@ class BeamEngine(TokenEngine):
         out, budget = [], self.scheduler.step_tokens
         for search in sorted(self.searches, key=lambda s: s.rows[0].pending > 1):
             works = []
-            for i in search.going:
-                row = search.rows[i]
+            rows = [search.rows[i] for i in search.going] if search.tails is None else search.tails.rows
+            for i, row in enumerate(rows):
                 start, n = row.held.length, row.pending if row.pending == 1 else min(row.pending, budget)
                 if n > 0:
                     whole = start + n == len(row.tokens)
-                    works.append(Work(row, start, n, search.tails[i][:-1] if search.tails else [], outputs=int(whole)))
+                    works.append(Work(row, start, n, search.tails.tokens[i][:-1] if search.tails else [], outputs=int(whole)))
                     budget -= n
             if works:
                 search.passes += 1
@@ -218,7 +189,7 @@ class BeamEngine(TokenEngine):
         """One step of the search; what cannot go on is no longer among its beams."""
         if search.trie is not None:
             width = search.trie.branch[min(int(search.beams.depths), search.trie.width - 1)]
-            most = max(self.options.width, len(search.rows) if search.tails else 0)  # of a tail nothing is pruned but what dies
+            most = self.options.width if search.tails is None else search.tails.most
             chosen = step(search.trie.arrays, logp, search.beams, most, width, search.filters)
         else:
             if self.constraint is not None:
@@ -241,7 +212,7 @@ class BeamEngine(TokenEngine):
             some = [search.states[p] for p in parents]
             search.states = [s if t < 0 else self.constraint.advance(s, t) for s, t in zip(some, tokens, strict=True)]
         if move:
-            self._move(search, parents, texts)
+            search.rows = self._move(search, parents, texts, search.ended)
             self._look_ahead(search)
         else:
             search.rows = [self._row(search, old[p], t, None) for p, t in zip(parents, texts, strict=True)]
@@ -251,26 +222,26 @@ class BeamEngine(TokenEngine):
 
     # --- rows of the cache ------------------------------------------------------------------------------------------------------------
 
-    def _move(self, search: Search, parents: Sequence[int], texts: Sequence[list[int]]) -> None:
-        """Rows for the new beams: a parent's first child stays in its row, the others get rows that are free; who has ended needs none."""
+    def _move(self, search: Search, parents: Sequence[int], texts: Sequence[list[int]], ended: Sequence[bool]) -> list[Row]:
+        """Rows that go on from parents: a parent's first child stays in its row, others get rows that are free; who has ended needs none."""
         old: list[Row] = search.rows
         heirs: dict[int, int] = {}
         for i, p in enumerate(parents):
-            if not search.ended[i]:
+            if not ended[i]:
                 heirs.setdefault(p, i)
         sources = {p: old[p].held for p in heirs}
         free = [row.entry for p, row in enumerate(old) if p not in heirs and row.entry is not None]
         rows = []
         for i, p in enumerate(parents):
             entry = None
-            if not search.ended[i]:
+            if not ended[i]:
                 entry = sources[p] if heirs[p] == i else self._forked(sources[p], free, texts[i], search.need)
             rows.append((p, texts[i], entry))
         for row in old:
             row.entry = None
         for k, entry in enumerate(free):
             self.cache.release(entry, retain=self.scheduler.share and not heirs and k == 0)  # a source of prefixes for later requests
-        search.rows = [self._row(search, old[p], t, entry) for p, t, entry in rows]
+        return [self._row(search, old[p], t, entry) for p, t, entry in rows]
 
     def _forked(self, source: Entry, free: list[Entry], tokens: list[int], need: int) -> Entry:
         if free:
@@ -287,48 +258,66 @@ class BeamEngine(TokenEngine):
     # --- under a set of items -----------------------------------------------------------------------------------------------------------
 
     def _look_ahead(self, search: Search) -> None:
-        """See whether what is left can be scored in one pass: one item a beam, or few enough items in all."""
-        trie = search.trie
-        if trie is None or not search.going:
+        """Score what is left in one pass where few items are: of all `exact_tail` of them, or, with the results of single steps, about one a beam."""
+        options, states = self.options, search.beams.states[0].tolist()
+        if search.trie is None or not search.going or not (options.forced or options.exact_tail):
             return
-        states = search.beams.states[0].tolist()
-        depth = max(len(r.tokens) for r in search.rows) - search.rows[0].prompt
-        spread = bool(self.options.exact_tail) and max(states) >= 0 and self._spread(search, states)
-        states = search.beams.states[0].tolist()
-        if (self.options.forced or spread) and max(states) < 0:
-            items = [() if over else trie.tuple_of(~state) for state, over in zip(states, search.ended, strict=True)]
-            search.tails = [[*item[depth:]] for item in items]
-
-    def _spread(self, search: Search, states: Sequence[int]) -> bool:
-        """Make each item below the beams a beam, where there are `exact_tail` at most."""
-        assert search.trie is not None
+        exact = bool(options.exact_tail) and max(states) >= 0
+        most = max(options.exact_tail if exact else 0, options.width + options.width // 2 if options.forced else 0)
         permits = search.filters[0].permits if search.filters and search.filters[0] else None
-        leaves = [(p, leaf) for p, state in enumerate(states) for leaf in search.trie.leaves(state, self.options.exact_tail + 1, permits)]
-        if len(leaves) > self.options.exact_tail:
-            return False
-        parents = [p for p, _ in leaves]
-        at = torch.tensor([leaf for _, leaf in leaves], dtype=torch.int32, device=search.beams.states.device)
-        search.beams = Beams(at[None], search.beams.depths, search.beams.scores[:, parents])
-        search.ended = [search.ended[p] for p in parents]
-        self._move(search, parents, [search.rows[p].tokens for p in parents])
-        return True
+        left, total = [], 0
+        for state, over in zip(states, search.ended, strict=True):
+            left.append([] if over else search.trie.leaves(state, most + 1 - total, permits))
+            total += len(left[-1])
+            if total > most:
+                return
+        exact = exact and total <= options.exact_tail
+        if (exact or options.forced) and self._room(search, total):
+            self._spread(search, left, exact)
+
+    def _room(self, search: Search, rows: int) -> bool:
+        """Whether it may have so many rows: none that another search may come to need."""
+        more = rows - len(search.going)
+        used = self._rows * (len(self.searches) - 1) + rows
+        coming = sum(max(0, self._rows - sum(r.entry is not None for r in s.rows)) for s in self.searches if s is not search)
+        return more <= 0 or (
+            used <= self.scheduler.max_rows and self.cache.reserve(max(s.need for s in self.searches), extra=more + coming)
+        )
+
+    def _spread(self, search: Search, left: Sequence[list[int]], exact: bool) -> None:
+        """A row for each item that is left below each beam; exact: a beam for each, too."""
+        assert search.trie is not None
+        parents = [p for p, leaves in enumerate(left) for _ in leaves]
+        leaves = [leaf for some in left for leaf in some]
+        depth = max(len(r.tokens) for r in search.rows) - search.rows[0].prompt
+        rows = self._move(search, parents, [search.rows[p].tokens for p in parents], [False] * len(parents))
+        ends = [0, *accumulate(map(len, left))]
+        owned = [[*range(a, b)] for a, b in pairwise(ends)]
+        if exact:
+            whole = [p for p, over in enumerate(search.ended) if over]
+            order = sorted([(p, -1) for p in whole] + list(zip(parents, range(len(leaves)), strict=True)))
+            at = [int(search.beams.states[0, p]) if i < 0 else leaves[i] for p, i in order]
+            like, old = search.beams, search.rows
+            from_ = [p for p, _ in order]
+            search.beams = Beams(torch.tensor([at], dtype=torch.int32, device=like.states.device), like.depths, like.scores[:, from_])
+            search.rows, search.ended = [old[p] for p in from_], [i < 0 for _, i in order]
+            owned = [[] if i < 0 else [i] for _, i in order]
+        tokens = [[*search.trie.tuple_of(~leaf)[depth:]] for leaf in leaves]
+        search.tails = Tails(rows, tokens, owned, len(owned) if exact else self.options.width)
 
     def _tail(self, search: Search, logp: torch.Tensor) -> None:
-        """Score what is forced, step by step as without it: the order of equal scores and what dies on the way are the same."""
+        """The rest of the search, step by step over the outputs of the one pass: its pruning, and the order of equal scores, are the same."""
         assert search.tails is not None
-        tails, steps = search.tails, max(map(len, search.tails))
-        first, at = [], 0
-        for tail in tails:
-            first.append(at)
-            at += len(tail)
-        who = list(range(len(tails)))
+        tails, owned = search.tails, search.tails.owned
+        first = [0, *accumulate(map(len, tails.tokens))]
+        steps = max(map(len, tails.tokens))
         for j in range(steps):
-            beams = [i for i, w in enumerate(who) if j < len(tails[w])]
-            chosen = self._chosen(search, self._full(search, logp, beams, [first[who[i]] + j for i in beams]))
-            who = [who[p] for p in chosen.parents[0].tolist()]
+            beams = [i for i, over in enumerate(search.ended) if not over]
+            chosen = self._chosen(search, self._full(search, logp, beams, [first[owned[i][0]] + j for i in beams]))
+            picks = zip(chosen.parents[0].tolist(), chosen.tokens[0].tolist(), strict=True)
+            owned = [owned[p] if t < 0 else [i for i in owned[p] if tails.tokens[i][j] == t] for p, t in picks]
             self._follow(search, chosen, move=False)
         search.saved += steps - 1
-        search.ended = [True] * len(search.rows)
 
     # --- finishing ------------------------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,8 @@ chosen: beams that are missing then are DEAD, with score minus infinity, and sta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -109,13 +110,38 @@ def transitions(
 
 
 def _gathered(arrays: Arrays, logp: torch.Tensor, beams: Beams, most: int, width: int, filters: Filters | None) -> Step:
-    requests, n = beams.states.shape
-    many = None if filters is None else [f for f in filters for _ in range(n)]
-    tokens, follow, valid = transitions(arrays, beams.states.flatten(), beams.depths.repeat_interleave(n), width, many)
+    many = None if filters is None else [f for f in filters for _ in range(beams.states.shape[1])]
+    make = _triton() if logp.device.type == "cuda" else None
+    scores, tokens, follow = (make or candidates)(arrays, logp, beams.states, beams.depths, beams.scores, width)
+    if many is not None:
+        scores = scores.masked_fill(~(permits(many, follow) | (tokens < 0)), float("-inf"))
+    return _select(scores, tokens, follow, beams, most)
+
+
+def candidates(
+    arrays: Arrays, logp: torch.Tensor, states: torch.Tensor, depths: torch.Tensor, sums: torch.Tensor, width: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """states, sums [requests, beams], depths [requests] -> scores, tokens int64, next states int32, each [requests * beams, width]; scores are minus
+    infinity where nothing may be chosen.
+    """
+    tokens, follow, valid = transitions(arrays, states.flatten(), depths.repeat_interleave(states.shape[1]), width)
     gained = torch.where(tokens < 0, 0, logp.gather(1, tokens.clamp(min=0)))
-    scores = (
-        (beams.scores.reshape(-1, 1) + gained).masked_fill(~valid, float("-inf")).nan_to_num(float("-inf"), float("inf"), float("-inf"))
-    )
+    scores = sums.reshape(-1, 1) + gained
+    return scores.masked_fill(~valid | scores.isnan(), float("-inf")), tokens, follow
+
+
+@functools.cache
+def _triton() -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None:
+    """The same as one kernel, where Triton is installed."""
+    try:
+        from hasten.lm.constrain import trie_triton
+    except ImportError:
+        return None
+    return trie_triton.candidates
+
+
+def _select(scores: torch.Tensor, tokens: torch.Tensor, follow: torch.Tensor, beams: Beams, most: int) -> Step:
+    requests, width = len(beams.states), scores.shape[1]
     best, place = _best(scores.view(requests, -1), most)
     dead = best == float("-inf")
     chosen = [torch.where(dead, fill, x.view(requests, -1).gather(1, place)) for x, fill in ((tokens, -1), (follow, DEAD))]
