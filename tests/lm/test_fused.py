@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import CONFIGS, make, reference
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
 
 import hasten
 from hasten import hf, native
@@ -178,6 +178,21 @@ def test_whole_numbers_are_their_formula(name: str, family: str, fused: bool) ->
     assert (mine - theirs).abs().mean() < 0.2 * noise
     if bits[0] == 4:  # and another number format is not taken for it
         assert (mine - by_formula(8, 8)).abs().mean() > 0.2 * noise
+
+
+def test_a_reward_model_keeps_its_score_at_8_bits() -> None:
+    sizes = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_labels": 1,
+    }
+    model = hf.prepare(LlamaForTokenClassification(LlamaConfig(**sizes)).eval())
+    made = int4.swapped(model, lambda layer, head: int4.Int4Linear(layer, 8 if head else 4))
+    bits = {name: module.run.bits for name, module in made.named_modules() if isinstance(module, int4.Int4Linear)}
+    assert bits.pop("score") == 8 and set(bits.values()) == {4} and len(bits) == 7
 
 
 def test_where_int4_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

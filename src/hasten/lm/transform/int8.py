@@ -104,6 +104,9 @@ def swapped(model: Any, make: Callable[[nn.Linear, bool], nn.Module | None]) -> 
     output = model.get_output_embeddings()
     for module in list(twin.modules()):
         for child, layer in list(module._modules.items()):
-            if isinstance(layer, nn.Linear) and (made := make(layer, layer.weight is output.weight)) is not None:
+            if not isinstance(layer, nn.Linear):
+                continue
+            top = module is twin or (output is not None and layer.weight is output.weight)  # a reward model's score too
+            if (made := make(layer, top)) is not None:
                 module._modules[child] = made
     return twin
