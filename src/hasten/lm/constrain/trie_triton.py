@@ -22,7 +22,7 @@ BLOCK = 128
 def _candidates(
     first, tokens, follow, table, lengths, logp, states, depths, sums, out_scores, out_tokens, out_follow, base, columns, stride, beams,
     width: tl.constexpr, ragged: tl.constexpr, dead: tl.constexpr, block: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     r = tl.program_id(0)
     state, depth, total = tl.load(states + r), tl.load(depths + r // beams), tl.load(sums + r)
     node = tl.where(state >= 0, state, 0)
