@@ -26,6 +26,7 @@ def check(cache: RaggedCache) -> None:
             assert entry.slot == slot
             want = torch.tensor([t + 1000.0 * i for i, t in enumerate(entry.tokens)], dtype=torch.float64)
             assert torch.equal(cache.data[1, 1, slot, : entry.length, 0], want)
+    assert cache.used == sum(entry is not None for entry in cache.entries)
     assert len(cache.entries) * cache.capacity <= max(cache.budget, 1)
 
 
@@ -82,3 +83,22 @@ def test_no_room_is_said_and_nothing_breaks() -> None:
 
     assert not cache.reserve(101)
     check(cache)
+
+
+def test_rows_that_are_kept_one_by_one_do_not_remake_the_buffers_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Searches keep many rows beyond those that may run; buffers must double, or everything stored is copied for each of them."""
+    cache, made = RaggedCache(SHAPE, budget=64 * 4096, max_len=64, max_rows=4), 0
+    resize = RaggedCache._resize
+
+    def counted(self: RaggedCache, slots: int, capacity: int) -> None:
+        nonlocal made
+        made += 1
+        resize(self, slots, capacity)
+
+    monkeypatch.setattr(RaggedCache, "_resize", counted)
+    for i in range(500):
+        entry = cache.allocate([i], 10)
+        assert entry is not None
+        entry.pinned += 1
+        cache.release(entry)
+    assert made <= 9

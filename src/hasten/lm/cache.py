@@ -76,6 +76,7 @@ class RaggedCache:
         self.max_slots = max_rows + retained
         self.entries: list[Entry | None] = []
         self.active = 0
+        self.used = 0  # slots that hold a row
         self.capacity = 0
         self.data = torch.empty(0)
         self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -93,6 +94,7 @@ class RaggedCache:
             self._swap(slot, self.active)
         entry = Entry(self.active)
         self.entries[self.active] = entry
+        self.used += 1
         self.active += 1
         self._own(entry, planned)
         return entry
@@ -177,11 +179,12 @@ class RaggedCache:
         for entry in self.entries[self.active :] if capacity < self.capacity else ():
             if entry is not None and entry.length > capacity and not entry.pinned and entry is not spare:
                 self._evict(entry)
-        while self._used() + extra - (spare is not None) > most and self._evict_oldest(spare):
+        while self.used + extra - (spare is not None) > most and self._evict_oldest(spare):
             pass
-        used = self._used() + extra - (spare is not None)
+        used = self.used + extra - (spare is not None)
         if capacity != self.capacity or used > len(self.entries):
-            self._resize(min(most, max(used, 2 * len(self.entries), 4)), capacity)
+            pinned = len(held) > self.active  # they come on top of the rows that may run, and one by one: buffers double for them as well
+            self._resize(min(self.budget // capacity if pinned else most, max(used, 2 * len(self.entries), 4)), capacity)
         return True
 
     def expect(self, rows: int, length: int) -> None:
@@ -233,9 +236,6 @@ class RaggedCache:
         self._clock += 1
         return self._clock
 
-    def _used(self) -> int:
-        return sum(e is not None for e in self.entries)
-
     def _own(self, entry: Entry, planned: list[int]) -> None:
         entry.planned, entry.stamp = planned, self._tick()
         self._forget_head(entry)
@@ -253,6 +253,7 @@ class RaggedCache:
     def _evict(self, entry: Entry) -> None:
         self._forget_head(entry)
         self.entries[entry.slot] = None
+        self.used -= 1
 
     def _evict_oldest(self, spare: Entry | None = None) -> bool:
         idle = [e for e in self.entries[self.active :] if e is not None and not e.pinned and e is not spare]
