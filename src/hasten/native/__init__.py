@@ -15,7 +15,7 @@ from hasten.native import build
 BEST_ISA = 3  # the best that there is; tests ask for less
 GROUP, LEVELS, STEPS = 32, 8, 15  # of int4: inputs of a group, the largest magnitude of a weight, of a step
 CLIPS = (0, -1, -2, -3, 1)  # steps that are tried, beside the one that reaches all weights of a group
-AT_ONCE = 1 << 17  # weights that are quantised at once: what that needs stays in a cache
+AT_ONCE = (1 << 15) - 1  # weights that are quantised at once: in a cache, and too few for torch's threads to meet at each operation
 
 
 @functools.cache
