@@ -37,11 +37,12 @@ from hasten.flops import model_cost
 from hasten.measure.machine import Watch, describe
 from hasten.measure.roofline import Roofline, bandwidth, step_bytes
 
-REFERENCE, OURS = "transformers fp32", ("hasten", "hasten native", "hasten int8", "hasten int4")
+REFERENCE, OURS = "transformers fp32", ("hasten", "hasten native", "hasten bf16", "hasten int8", "hasten int4")
 RIVALS = {  # name: script, kind, whether files are converted for it
     REFERENCE: ("transformers_peer.py", "fp32", False),
     "hasten": ("hasten_peer.py", "plain", False),
     "hasten native": ("hasten_peer.py", "native", False),
+    "hasten bf16": ("hasten_peer.py", "bf16", False),
     "hasten int8": ("hasten_peer.py", "int8", False),
     "hasten int4": ("hasten_peer.py", "int4", False),
     "llama.cpp F32": ("llama_peer.py", "F32", True),
@@ -250,14 +251,14 @@ def ratio(mine: Sequence[tuple[float, float]], theirs: Sequence[tuple[float, flo
 
 
 def report(title: str, cell: dict[str, Any], cold: dict[str, float]) -> None:
-    say(
-        f"\n{title:<28} {'median and interval':>28} {'pass':>9} {'x ceiling':>10} {'start, s':>9} {'native /':>9} {'int8 /':>7} {'int4 /':>7}"
-    )
+    ours = [name for name in OURS[1:] if name in cell["rivals"]]
+    heads = "".join(f"{name.removeprefix('hasten ') + ' /':>9}" for name in ours)
+    say(f"\n{title:<28} {'median and interval':>28} {'pass':>9} {'x ceiling':>10} {'start, s':>9}{heads}")
     for name, row in cell["rivals"].items():
-        ratios = [cell["ratios"].get(f"{ours} / {name}", {}).get("median") for ours in OURS[1:]]
-        native, int8, int4 = ("-" if r is None else f"{r:.2f}" for r in ratios)
+        ratios = [cell["ratios"].get(f"{our} / {name}", {}).get("median") for our in ours]
+        shown = "".join(f"{'-' if r is None else format(r, '.2f'):>9}" for r in ratios)
         over = f"{row['over_ceiling']['median']:.2f}" if "over_ceiling" in row else "-"
-        say(f"  {name:<26} {show(row['ms']):>28} {row['pass_ms']:>9.2f} {over:>10} {cold[name]:>9.1f} {native:>9} {int8:>7} {int4:>7}")
+        say(f"  {name:<26} {show(row['ms']):>28} {row['pass_ms']:>9.2f} {over:>10} {cold[name]:>9.1f}{shown}")
 
 
 # --- bars -------------------------------------------------------------------------------------------------------------------------
@@ -268,7 +269,7 @@ def bars(cells: dict[str, Any]) -> dict[str, Any]:
     out = {}
     for batch in (1, 8):
         out[f"native / llama.cpp F32, batch {batch} <= 1.15"] = bar(cells, f"batch {batch}", "hasten native / llama.cpp F32", 1.15)
-    for ours, other in (("int8", "llama.cpp Q8_0"), ("int8", "OpenVINO int8"), ("int4", "llama.cpp Q4_0")):
+    for ours, other in (("int8", "llama.cpp Q8_0"), ("int8", "OpenVINO int8"), ("int4", "llama.cpp Q4_0"), ("bf16", "OpenVINO fp")):
         for where in ("batch 1", "batch 8", "batch 32", f"prefill {PROMPT}"):
             out[f"{ours} / {other}, {where} <= 1"] = bar(cells, where, f"hasten {ours} / {other}", 1.0)
     over = cells.get("batch 1", {}).get("rivals", {}).get("hasten int8", {}).get("over_ceiling")

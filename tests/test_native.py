@@ -94,6 +94,20 @@ def test_fp32_to_rounding(shape: tuple[int, int], rows: int) -> None:
 
 
 @needed
+@pytest.mark.skipif(build.why_not() is not None or not build.library().hasten_bf16(), reason="no products of bf16 here")
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("isa", build.ISAS[2:])
+def test_bf16_to_rounding(shape: tuple[int, int], isa: str) -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(shape), torch.randn(shape[0])
+    layer = native.Linear(weight, bias, bits=16)
+    for rows in ROWS:
+        x = torch.randn(rows, shape[1])
+        want = x.bfloat16().double() @ weight.bfloat16().double().T + bias
+        torch.testing.assert_close(layer(x, build.ISAS.index(isa)).double(), want, rtol=1e-4, atol=3e-4)
+
+
+@needed
 def test_layers_outlive_those_that_were_made_with_them() -> None:
     """Weights of many layers share stretches of memory; large ones have their own."""
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""hasten as a rival of itself and of the others (`serving`): steps of the public TokenEngine; KIND: plain, native, int8 or int4."""
+"""hasten as a rival of itself and of the others (`serving`): steps of the public TokenEngine; KIND: plain, native, bf16, int8 or int4."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ ENDLESS = 1024  # tokens, more than a benchmark asks for
 
 class Hasten(Rival):
     def __init__(self, folder: Path, kind: str, threads: int) -> None:
-        recipe = Recipe(str(folder), () if kind == "plain" else (Use(kind),))
+        recipe = Recipe(str(folder), () if kind == "plain" else (Use("native", {"dtype": "bf16"}) if kind == "bf16" else Use(kind),))
         engine = hasten.load(recipe, device="cpu", max_rows=32, threads=threads).engine
         assert isinstance(engine, TokenEngine)
         self.engine, self.rows = engine, 0
         self._watch()
-        weights = kind if kind in ("int8", "int4") else "fp32"
+        weights = kind if kind in ("bf16", "int8", "int4") else "fp32"
         self.facts = {
             "version": f"hasten {hasten.__version__}", "weights": weights, "cache": "fp32", "compiled_seconds": build.seconds,
             "fused": getattr(engine.model, "small_step", None) is not None,

@@ -99,6 +99,34 @@ def test_other_architectures_are_refused_with_the_reason(family: str) -> None:
     assert "is not built as Llama is" in (transform.why_not(transform.Options(), target) or "")
 
 
+@pytest.mark.skipif(build.why_not() is not None or not build.library().hasten_bf16(), reason="no products of bf16 here")
+@pytest.mark.parametrize("family", FUSED)
+def test_bf16_rounds_weights_and_inputs_alone(models: Any, family: str) -> None:
+    """Nearer to the fp32 model with rounded linear layers than that is to the fp32 model."""
+    from hasten.lm.fused import _logits
+
+    class Rounded(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(x.bfloat16().float(), self.weight.bfloat16().float(), self.bias)
+
+    ids, model = torch.arange(3, 40), hf.prepare(copy.deepcopy(models(family)[0]))
+    ours, want = attach(model, bits=16), hf.prepare(copy.deepcopy(models(family)[0]))
+    for module in want.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.__class__ = Rounded
+    mine = _logits(lambda *a: hf.forward(ours, *a), ids, ours)
+    theirs, plain = (_logits(lambda *a, m=m: hf.torch_forward(m, *a), ids, m) for m in (want, model))
+    assert 0 < (mine - theirs).abs().mean() < 0.3 * (theirs - plain).abs().mean()
+
+
+def test_bf16_is_refused_where_the_processor_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "library", lambda: SimpleNamespace(hasten_bf16=lambda: 0))
+    assert "no products of bf16" in (transform.why_not(transform.Options(dtype="bf16"), None) or "")
+    with pytest.raises(UserError, match="fp32 or bf16"):
+        transform.Options(dtype="fp8")
+    assert [transform.exactness(transform.Options(dtype=d)) for d in ("fp32", "bf16")] == ["identical", "approximate"]
+
+
 def test_doubles_are_refused() -> None:
     with pytest.raises(Unfit, match="fp32 on a CPU"):
         attach(hf.prepare(make("llama")))

@@ -37,7 +37,7 @@ class Norm:
 
 
 class FusedStep:
-    """`takes(plan)` says whether it does a step; calling it does. bits: of the weights of layers, 32, 8 or 4; head: of the output layer.
+    """`takes(plan)` says whether it does a step; calling it does. bits: of the weights of layers, 32, 16, 8 or 4; head: of the output layer.
 
     rows: positions in a step at most where torch does prompts faster.
     """
@@ -208,7 +208,7 @@ def _norm(module: Any) -> Norm:
         return Norm((module(one)[0] * (1 + eps) ** 0.5).float().contiguous(), float(eps))
 
 
-def attach(model: Any, rows: int = 64) -> Any:
+def attach(model: Any, rows: int = 64, bits: int = 32) -> Any:
     """A copy of the model (weights shared) whose small steps are fused. Raises Unfit with the reason where that cannot be."""
     if model.device.type != "cpu" or model.dtype != torch.float32:
         raise Unfit(
@@ -218,5 +218,7 @@ def attach(model: Any, rows: int = 64) -> Any:
         if not hasattr(model, part):
             raise Unfit(f"{type(model).__name__} is not built as Llama is")
     return hf.derived(
-        model, ("native", rows, torch.get_num_threads()), lambda: hf.stepped(hf.shared_copy(model), FusedStep(model, rows=rows))
+        model,
+        ("native", rows, bits, torch.get_num_threads()),
+        lambda: hf.stepped(hf.shared_copy(model), FusedStep(model, rows=rows, bits=bits)),
     )

@@ -15,7 +15,7 @@ from hasten.native import build
 BEST_ISA = 3  # the best that there is; tests ask for less
 GROUP, LEVELS, STEPS = 32, 8, 15  # of int4: inputs of a group, the largest magnitude of a weight, of a step
 CLIPS = (0, -1, -2, -3, 1)  # steps that are tried, beside the one that reaches all weights of a group
-AT_ONCE = 1 << 17  # weights that are quantised at once: what that needs stays in a cache
+AT_ONCE = (1 << 15) - 1  # weights that are quantised at once: in a cache, and too few for torch's threads to meet at each operation
 
 
 @functools.cache
@@ -25,10 +25,10 @@ def team(threads: int) -> int:
 
 
 class Linear:
-    """One packed weight: y = x w^T + bias, with weights of 32, 8 or 4 bits.
+    """One packed weight: y = x w^T + bias, with weights of 32, 16, 8 or 4 bits.
 
-    weight [n, k], bias [n] or None: fp32 on the CPU; copied. 32: fp32. 8: int8 weights (a scale an output, those of `quantised`) and int8
-    activations (a scale a row). 4: int8 weights that are products of those of `quantised4`.
+    weight [n, k], bias [n] or None: fp32 on the CPU; copied. 32: fp32. 16: weights and activations bf16, sums fp32. 8: int8 weights (a scale an
+    output, those of `quantised`) and int8 activations (a scale a row). 4: int8 weights that are products of those of `quantised4`.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, bits: int = 32) -> None:
@@ -41,7 +41,7 @@ class Linear:
             parts = quantised4(w)
             self.handle = int(lib.hasten_linear_int4(*(part.data_ptr() for part in parts), at, self.n, self.k))
         else:
-            self.handle = int(lib.hasten_linear(w.data_ptr(), at, self.n, self.k, int(bits == 8)))
+            self.handle = int(lib.hasten_linear(w.data_ptr(), at, self.n, self.k, bits))
         weakref.finalize(self, lib.hasten_linear_free, self.handle)
 
     def __call__(self, x: torch.Tensor, isa: int = BEST_ISA) -> torch.Tensor:

@@ -94,6 +94,7 @@ def _declared(lib: ctypes.CDLL) -> ctypes.CDLL:
     p, i, n = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
     signatures = {
         "hasten_isa": ([], i),
+        "hasten_bf16": ([], i),
         "hasten_team": ([i], p),
         "hasten_team_free": ([p], None),
         "hasten_linear": ([p, p, i, i, i], p),

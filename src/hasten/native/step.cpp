@@ -8,7 +8,7 @@
 // so they are int8 weights that are stored in half the bytes: sums stay exact, and tiles read them unpacked.
 //
 // Packed weights: panels of 32 outputs as two blocks of 16. fp32 block: [k][16]. int8 block: [k/4][16][4], which is what both VNNI's dot
-// products and AMX's tiles read. int4 block: [k/8][16][4] bytes, q + 8 of the first four inputs in the low halves, of the next in the high.
+// products and AMX's tiles read; bf16 block: [k/2][16][2], for the same reason. int4 block: [k/8][16][4] bytes, q + 8 of the first four inputs in the low halves, of the next in the high.
 #include <immintrin.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -33,10 +33,17 @@ constexpr int BLOCK = 16, PANEL = 32, DEPTH = 64;  // outputs of a block, of a p
 constexpr int ROWS = 8;                            // rows that a fp32 or VNNI kernel holds in registers
 constexpr int GROUP = 32;                          // int4 inputs of one step
 
+#if defined(__AVX512BF16__)
+#define HASTEN_BF16 1
+#endif
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+#define HASTEN_AMX 1
+#endif
+
 enum Isa { PORTABLE = 0, AVX2 = 1, VNNI = 2, AMX = 3 };
 
 int best_isa() {
-#if defined(__AMX_INT8__) && defined(__AVX512VNNI__)
+#if defined(HASTEN_AMX)
   static const bool amx = syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, tile data
   if (amx) return AMX;
 #endif
@@ -160,15 +167,17 @@ class Memory {  // zeros, for as long as this lives
 
 struct Linear {
   int n, k, panels, depth;  // outputs, inputs; panels of 32 outputs; inputs as stored
-  int bits;                 // of a weight: 32, 8 or 4
+  int bits;                 // of a weight: 32, 16 (bf16), 8 or 4
   float* w = nullptr;
   int8_t* q = nullptr;
+  uint16_t* b = nullptr;
   uint8_t* halves = nullptr;  // int4, two a byte
   int8_t* step = nullptr;     // int4: [block][depth / GROUP][16]
   float *scale = nullptr, *bias = nullptr;
   int32_t* sum = nullptr;  // of each output's int8 weights, to undo the offset of unsigned activations
   Memory memory = {};      // where all of them lie
-  bool whole() const { return bits < 32; }  // whole numbers: its inputs are int8
+  bool rounds() const { return bits < 32; }  // its inputs, to bf16 or int8
+  int row() const { return bits == 16 ? 2 * depth : depth; }  // bytes of a row of rounded inputs
   int groups() const { return depth / GROUP; }
 };
 
@@ -196,10 +205,23 @@ Linear* pack_int4(const int8_t* q, const int8_t* step, const float* scale, const
   return l;
 }
 
-Linear* pack(const float* weight, const float* bias, int n, int k, bool int8) {
-  Linear* l = started(bias, n, k, int8 ? 8 : 32);
+inline uint16_t bf16(float x) {  // to nearest, ties to even
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  return (u + 0x7FFF + (u >> 16 & 1)) >> 16;
+}
+
+Linear* pack(const float* weight, const float* bias, int n, int k, int bits) {
+  Linear* l = started(bias, n, k, bits);
   int padded = l->panels * PANEL;
-  if (!int8) {
+  if (bits == 16) {
+    l->b = l->memory.reserve<uint16_t>((size_t)padded * l->depth);
+    for (int o = 0; o < n; o++)
+      for (int i = 0; i < k; i++)
+        l->b[(((size_t)(o / BLOCK) * (l->depth / 2) + i / 2) * BLOCK + o % BLOCK) * 2 + i % 2] = bf16(weight[(size_t)o * k + i]);
+    return l;
+  }
+  if (bits == 32) {
     l->w = l->memory.reserve<float>((size_t)padded * k);
     for (int o = 0; o < n; o++)
       for (int i = 0; i < k; i++) l->w[((size_t)(o / BLOCK) * k + i) * BLOCK + o % BLOCK] = weight[(size_t)o * k + i];
@@ -388,7 +410,7 @@ void panel_vnni(const Linear& l, const int8_t* x, const float* xs, int m0, int p
 }
 #endif
 
-#if defined(__AMX_INT8__) && defined(__AVX512VNNI__)
+#if defined(HASTEN_AMX)
 struct alignas(64) Tiles {
   uint8_t palette = 1, start = 0, reserved[14] = {};
   uint16_t bytes[16] = {};
@@ -406,39 +428,52 @@ void configure(int m) {  // tiles 0-3: sums [rows][16] of two row groups by two 
   _tile_loadconfig(&t);
 }
 
-// a: the panel's int8 weights
+template <bool BF16>
+inline void finish(const Linear& l, const int32_t* s, float xs, int m, int p, const Out& out) {
+  if (!BF16) return dequantise(l, s, xs, m, p, out);
+  alignas(64) float v[PANEL];
+  std::memcpy(v, s, sizeof v);
+  for (int i = 0; i < PANEL; i++) v[i] += l.bias[p * PANEL + i];
+  put(l, out, m, p, v);
+}
+
+#define DOT(c, x, w) if constexpr (BF16) _tile_dpbf16ps(c, x, w); else _tile_dpbssd(c, x, w)
+
+// a: the panel's weights, int8 or bf16; x: rows of the same
+template <bool BF16>
 void panel_amx(const Linear& l, const int8_t* a, const int8_t* x, const float* xs, int m0, int m, int p, const Out& out) {
-  const int8_t* b = a + (size_t)BLOCK * l.depth;
+  const int depth = BF16 ? 2 * l.depth : l.depth;  // bytes
+  const int8_t* b = a + (size_t)BLOCK * depth;
   alignas(64) int32_t sums[PANEL][PANEL];
   _tile_zero(0);
   _tile_zero(1);
   if (m > 16) {
     _tile_zero(2);
     _tile_zero(3);
-    for (int i = 0; i < l.depth; i += DEPTH) {
-      _tile_loadd(4, x + i, l.depth);
-      _tile_loadd(5, x + (size_t)16 * l.depth + i, l.depth);
+    for (int i = 0; i < depth; i += DEPTH) {
+      _tile_loadd(4, x + i, depth);
+      _tile_loadd(5, x + (size_t)16 * depth + i, depth);
       _tile_loadd(6, a + (size_t)i * BLOCK, 64);
-      _tile_dpbssd(0, 4, 6);
-      _tile_dpbssd(2, 5, 6);
+      DOT(0, 4, 6);
+      DOT(2, 5, 6);
       _tile_loadd(7, b + (size_t)i * BLOCK, 64);
-      _tile_dpbssd(1, 4, 7);
-      _tile_dpbssd(3, 5, 7);
+      DOT(1, 4, 7);
+      DOT(3, 5, 7);
     }
     _tile_stored(2, &sums[16][0], PANEL * 4);
     _tile_stored(3, &sums[16][BLOCK], PANEL * 4);
   } else {
-    for (int i = 0; i < l.depth; i += DEPTH) {
-      _tile_loadd(4, x + i, l.depth);
+    for (int i = 0; i < depth; i += DEPTH) {
+      _tile_loadd(4, x + i, depth);
       _tile_loadd(6, a + (size_t)i * BLOCK, 64);
-      _tile_dpbssd(0, 4, 6);
+      DOT(0, 4, 6);
       _tile_loadd(7, b + (size_t)i * BLOCK, 64);
-      _tile_dpbssd(1, 4, 7);
+      DOT(1, 4, 7);
     }
   }
   _tile_stored(0, &sums[0][0], PANEL * 4);
   _tile_stored(1, &sums[0][BLOCK], PANEL * 4);
-  for (int r = 0; r < m; r++) dequantise(l, sums[r], xs[r], m0 + r, p, out);
+  for (int r = 0; r < m; r++) finish<BF16>(l, sums[r], xs[r], m0 + r, p, out);
 }
 #endif
 
@@ -553,7 +588,7 @@ void panel_vnni4(const Linear& l, const int8_t* x, const int32_t* offsets, const
 }
 #endif
 
-#if defined(__AMX_INT8__) && defined(__AVX512VNNI__)
+#if defined(HASTEN_AMX)
 // A panel as int8: step q = step (q + 8) - 8 step, in bytes, whose products by 16 bits go wrong in nothing but the byte above.
 void unpack(const Linear& l, int p, int8_t* to) {
   const __m512i low = _mm512_set1_epi8(15), even = _mm512_set1_epi16(255);
@@ -594,6 +629,35 @@ const PanelInt4* panels_int4(int isa) {
   return PANELS_PORTABLE4;
 }
 
+// --- products, bf16 -------------------------------------------------------------------------------------------------------------
+
+#if defined(HASTEN_BF16)
+template <int M>
+void panel_bf16(const Linear& l, const uint16_t* x, int m0, int p, const Out& out) {
+  const uint16_t *a = l.b + (size_t)p * PANEL * l.depth, *b = a + (size_t)BLOCK * l.depth;
+  __m512 s[M][2];
+  for (int m = 0; m < M; m++) s[m][0] = _mm512_loadu_ps(l.bias + p * PANEL), s[m][1] = _mm512_loadu_ps(l.bias + p * PANEL + BLOCK);
+  for (int i = 0; i < l.depth; i += 2) {
+    auto wa = (__m512bh)_mm512_load_si512(a + (size_t)i * BLOCK), wb = (__m512bh)_mm512_load_si512(b + (size_t)i * BLOCK);
+    for (int m = 0; m < M; m++) {
+      int32_t two;
+      std::memcpy(&two, x + (size_t)m * l.depth + i, 4);
+      auto xi = (__m512bh)_mm512_set1_epi32(two);
+      s[m][0] = _mm512_dpbf16_ps(s[m][0], wa, xi);
+      s[m][1] = _mm512_dpbf16_ps(s[m][1], wb, xi);
+    }
+  }
+  alignas(64) float v[PANEL];
+  for (int m = 0; m < M; m++) {
+    _mm512_store_ps(v, s[m][0]), _mm512_store_ps(v + BLOCK, s[m][1]);
+    put(l, out, m0 + m, p, v);
+  }
+}
+
+using PanelBf16 = void (*)(const Linear&, const uint16_t*, int, int, const Out&);
+constexpr PanelBf16 PANELS_BF16[ROWS + 1] = EACH(panel_bf16);
+#endif
+
 // --- products, any ----------------------------------------------------------------------------------------------------------------
 
 // One row of fp32 as int8 with a scale; `depth` numbers are written, zeros behind the k-th.
@@ -623,9 +687,14 @@ struct Input {  // rows of a product: fp32, and their int8 form where the weight
 
   // Rows [range) as `l` wants them.
   void prepare(const Linear& l, Range rows) const {
-    if (!l.whole()) return;
+    if (!l.rounds()) return;
     for (int r = rows.begin; r < rows.end; r++) {
-      int8_t* to = q + (size_t)r * l.depth;
+      int8_t* to = q + (size_t)r * l.row();
+      if (l.bits == 16) {
+        auto* rounded = (uint16_t*)to;
+        for (int i = 0; i < l.depth; i++) rounded[i] = i < l.k ? bf16(x[r * stride + i]) : 0;
+        continue;
+      }
       quantise(x + r * stride, l.k, l.depth, to, scale + r);
       if (l.bits == 4) offsets_of(to, l.depth, offsets + (size_t)r * l.groups());
     }
@@ -637,7 +706,7 @@ constexpr int FEW_FOR_TILES4 = 6;  // and pay the unpacking of 4 bits
 
 // Panels [range) of all m rows.
 void multiply(const Linear& l, const Input& in, int m, Range range, const Out& out, int isa) {
-#if defined(__AMX_INT8__) && defined(__AVX512VNNI__)
+#if defined(HASTEN_AMX)
   if (l.bits == 4 && isa >= AMX && m >= FEW_FOR_TILES4) {
     static thread_local std::vector<int8_t> room;
     room.resize((size_t)PANEL * l.depth + 64);
@@ -647,18 +716,21 @@ void multiply(const Linear& l, const Input& in, int m, Range range, const Out& o
       for (int m0 = 0; m0 < m; m0 += PANEL) {
         int rows = std::min(PANEL, m - m0);
         if (rows != configured) configure(configured = rows);
-        panel_amx(l, panel, in.q + (size_t)m0 * l.depth, in.scale + m0, m0, rows, p, out);
+        panel_amx<false>(l, panel, in.q + (size_t)m0 * l.depth, in.scale + m0, m0, rows, p, out);
       }
     }
     _tile_release();
     return;
   }
-  if (l.bits == 8 && isa >= AMX && m >= FEW_FOR_TILES) {
+  if ((l.bits == 8 || l.bits == 16) && isa >= AMX && m >= FEW_FOR_TILES) {
+    auto panel = l.bits == 8 ? panel_amx<false> : panel_amx<true>;
+    const int8_t* weights = l.bits == 8 ? l.q : (const int8_t*)l.b;
     int configured = 0;
     for (int m0 = 0; m0 < m; m0 += PANEL) {
       int rows = std::min(PANEL, m - m0);
       if (rows != configured) configure(configured = rows);
-      for (int p = range.begin; p < range.end; p++) panel_amx(l, l.q + (size_t)p * PANEL * l.depth, in.q + (size_t)m0 * l.depth, in.scale + m0, m0, rows, p, out);
+      for (int p = range.begin; p < range.end; p++) 
+        panel(l, weights + (size_t)p * PANEL * l.row(), in.q + (size_t)m0 * l.row(), in.scale + m0, m0, rows, p, out);
     }
     _tile_release();
     return;
@@ -667,9 +739,15 @@ void multiply(const Linear& l, const Input& in, int m, Range range, const Out& o
   const PanelInt8* kernels = panels_int8(isa);
   const PanelInt4* kernels4 = panels_int4(isa);
   for (int p = range.begin; p < range.end; p++)
-    for (int m0 = 0, most = l.whole() ? ROWS : ROWS_FP32; m0 < m; m0 += most) {
+    for (int m0 = 0, most = l.rounds() ? ROWS : ROWS_FP32; m0 < m; m0 += most) {
       int rows = std::min(most, m - m0);
-      const int8_t* q = in.q + (size_t)m0 * l.depth;
+      const int8_t* q = in.q + (size_t)m0 * l.row();
+#if defined(HASTEN_BF16)
+      if (l.bits == 16) {
+        PANELS_BF16[rows](l, (const uint16_t*)q, m0, p, out);
+        continue;
+      }
+#endif
       if (l.bits == 4)
         kernels4[rows](l, q, in.offsets + (size_t)m0 * l.groups(), in.scale + m0, m0, p, out);
       else if (l.bits == 8)
@@ -964,7 +1042,7 @@ struct Run {
       for (int task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) attention(l, tasks - 1 - task, keys, values, thread);
       m.team->meet();
       prepare(*l.o, m.attended.data(), queries, rows);
-      if (l.o->whole()) m.team->meet();
+      if (l.o->rounds()) m.team->meet();
       product(*l.o, m.attended.data(), queries, s.n, {m.x.data(), m.width, ADD, 0}, thread);
       m.team->meet();
       normed(*l.gate_up, l.norm2, rows);
@@ -972,7 +1050,7 @@ struct Run {
       product(*l.gate_up, m.h.data(), m.width, s.n, {m.gated.data(), m.inner, GATE, m.act}, thread);
       m.team->meet();
       prepare(*l.down, m.gated.data(), m.inner, rows);
-      if (l.down->whole()) m.team->meet();
+      if (l.down->rounds()) m.team->meet();
       product(*l.down, m.gated.data(), m.inner, s.n, {m.x.data(), m.width, ADD, 0}, thread);
       m.team->meet();
     }
@@ -1022,10 +1100,18 @@ extern "C" {
 
 int hasten_isa() { return best_isa(); }
 
+int hasten_bf16() {  // whether there are products of bf16
+#if defined(HASTEN_BF16)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
 void* hasten_team(int threads) { return new Team(std::max(1, threads)); }
 void hasten_team_free(void* team) { delete static_cast<Team*>(team); }
 
-void* hasten_linear(const float* weight, const float* bias, int n, int k, int int8) { return pack(weight, bias, n, k, int8 != 0); }
+void* hasten_linear(const float* weight, const float* bias, int n, int k, int bits) { return pack(weight, bias, n, k, bits); }
 void* hasten_linear_int4(const int8_t* q, const int8_t* step, const float* scale, const float* bias, int n, int k) {
   return pack_int4(q, step, scale, bias, n, k);
 }
@@ -1038,12 +1124,12 @@ void hasten_linear_run(void* linear, void* team, const float* x, int m, float* y
   static thread_local std::vector<int8_t> buffer;
   static thread_local std::vector<float> scales;
   static thread_local std::vector<int32_t> sums;
-  if (l.whole()) buffer.resize((size_t)(m + 16) * l.depth), scales.resize(m), sums.resize((size_t)m * l.groups());
+  if (l.rounds()) buffer.resize((size_t)(m + 16) * l.row()), scales.resize(m), sums.resize((size_t)m * l.groups());
   Input in{x, l.k, buffer.data(), scales.data(), sums.data()};
   isa = std::min(isa, best_isa());
   auto work = [&](int thread) {
     in.prepare(l, share(m, thread, t.size));
-    if (l.whole()) t.meet();
+    if (l.rounds()) t.meet();
     multiply(l, in, m, share(l.panels, thread, t.size), {y, l.n, STORE, 0}, isa);
   };
   t.run(work);
@@ -1072,7 +1158,7 @@ void hasten_step(void* model, int n, const int64_t* ids, const int64_t* slots, c
   if (n > m.room) {
     m.room = n;
     size_t all = (m.heads + 2 * m.kv_heads) * m.dim, queries = m.heads * m.dim, most = 0;
-    for (auto& l : m.layers) most = std::max({most, (size_t)l.qkv->depth, (size_t)l.o->depth, (size_t)l.down->depth});
+    for (auto& l : m.layers) most = std::max({most, (size_t)l.qkv->row(), (size_t)l.o->row(), (size_t)l.down->row()});
     m.x.resize(n * m.width), m.h.resize(n * m.width), m.qkv.resize(n * all), m.attended.resize(n * queries), m.gated.resize((size_t)n * m.inner);
     m.xs.resize(n), m.q.resize((n + 16) * most), m.offsets.resize(n * most / GROUP);
   }
