@@ -10,12 +10,13 @@ import weakref
 import torch
 from torch import nn
 
+from hasten import cpu
 from hasten.native import build
 
 BEST_ISA = 3  # the best that there is; tests ask for less
 GROUP, LEVELS, STEPS = 32, 8, 15  # of int4: inputs of a group, the largest magnitude of a weight, of a step
 CLIPS = (0, -1, -2, -3, 1)  # steps that are tried, beside the one that reaches all weights of a group
-AT_ONCE = (1 << 15) - 1  # weights that are quantised at once: in a cache, and too few for torch's threads to meet at each operation
+AT_ONCE = 1 << 17  # weights that are quantised at once: what that needs stays in a cache
 
 
 @functools.cache
@@ -67,7 +68,8 @@ def quantised4(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     its size, at most `CLIPS` from what reaches all weights of the group, is the one with the smallest squared error.
     """
     rows = max(1, AT_ONCE // w.shape[1])
-    q, step, scale = zip(*map(_quantised4, w.split(rows)), strict=True)
+    with cpu.using(1):  # threads would meet thousands of times, which takes minutes where other programs have the cores
+        q, step, scale = zip(*map(_quantised4, w.split(rows)), strict=True)
     return torch.cat(q), torch.cat(step), torch.cat(scale)
 
 
