@@ -36,6 +36,8 @@ from hasten.values import Event, Key, Request, Result, Sampling, UserError
 
 TAKEN = ("max_tokens", "stop_token_ids", "ignore_eos", "seed", "n")  # fields of a request's sampling that mean something here
 
+WEIGHT_BOUND = 16  # beams
+
 
 class BeamEngine(TokenEngine):
     """A token engine that answers by beam search. Results: the best `sampling.n` answers; the `trace` of each has its "logprob", the joint
@@ -101,7 +103,16 @@ class BeamEngine(TokenEngine):
     @property
     def _rows(self) -> int:
         """Rows that a search may need at once."""
-        return max(self.options.width, self.options.exact_tail if isinstance(self.constraint, Items) else 0)
+        return max(self._few, self.options.exact_tail) if isinstance(self.constraint, Items) else self.options.width
+
+    @property
+    def _few(self) -> int:
+        """Items left below all beams that are scored in one pass: of few beams some more than beams, for a pass of so few rows costs hardly more
+        than reading the weights; of many beams one each, for there every position costs.
+        """
+        width = self.options.width
+        some = min(width + width // 2, self.scheduler.max_rows)
+        return max(width, some) if width <= WEIGHT_BOUND and self.options.forced else width
 
     def cancel(self, key: Key) -> None:
         super().cancel(key)
@@ -168,21 +179,22 @@ class BeamEngine(TokenEngine):
         if not len(logits):
             return  # a part of a prompt
         search.rows[0].first = search.rows[0].first or time.perf_counter()
-        logp = torch.log_softmax(logits.to(search.beams.scores.dtype), -1)
         if search.tails is None:
-            self._follow(search, self._chosen(search, self._full(search, logp, search.going, range(len(logp)))), move=True)
+            self._follow(search, self._chosen(search, self._logp(search, logits, search.going, range(len(logits)))), move=True)
         else:
-            self._tail(search, logp)
+            self._tail(search, logits)
         best = search.ended[: search.request.sampling.n]
         if all(best) or max(len(r.tokens) - r.prompt - r.limit for r in search.rows) >= 0:
             self._end(search)
 
-    def _full(self, search: Search, logp: torch.Tensor, beams: Sequence[int], outputs: Sequence[int]) -> torch.Tensor:
-        """[beams, vocabulary] of the outputs that belong to some beams; those that have ended have no output, and none is read."""
-        if len(beams) == len(search.rows) == len(logp) and [*beams] == [*outputs] == [*range(len(logp))]:
+    def _logp(self, search: Search, logits: torch.Tensor, beams: Sequence[int], outputs: Sequence[int]) -> torch.Tensor:
+        """Log-probabilities [beams, vocabulary] from the outputs that belong to some beams; those that have ended have none, and none is read."""
+        rows = logits if [*outputs] == [*range(len(logits))] else logits[list(outputs)]
+        logp = torch.log_softmax(rows.to(search.beams.scores.dtype), -1)
+        if len(beams) == len(search.rows):
             return logp
         out = logp.new_zeros(len(search.rows), logp.shape[1])
-        out[list(beams)] = logp[list(outputs)]
+        out[list(beams)] = logp
         return out
 
     def _chosen(self, search: Search, logp: torch.Tensor) -> Step:
@@ -263,7 +275,7 @@ class BeamEngine(TokenEngine):
         if search.trie is None or not search.going or not (options.forced or options.exact_tail):
             return
         exact = bool(options.exact_tail) and max(states) >= 0
-        most = max(options.exact_tail if exact else 0, options.width + options.width // 2 if options.forced else 0)
+        most = max(options.exact_tail if exact else 0, self._few if options.forced else 0)
         permits = search.filters[0].permits if search.filters and search.filters[0] else None
         left, total = [], 0
         for state, over in zip(states, search.ended, strict=True):
@@ -305,7 +317,7 @@ class BeamEngine(TokenEngine):
         tokens = [[*search.trie.tuple_of(~leaf)[depth:]] for leaf in leaves]
         search.tails = Tails(rows, tokens, owned, len(owned) if exact else self.options.width)
 
-    def _tail(self, search: Search, logp: torch.Tensor) -> None:
+    def _tail(self, search: Search, logits: torch.Tensor) -> None:
         """The rest of the search, step by step over the outputs of the one pass: its pruning, and the order of equal scores, are the same."""
         assert search.tails is not None
         tails, owned = search.tails, search.tails.owned
@@ -313,7 +325,7 @@ class BeamEngine(TokenEngine):
         steps = max(map(len, tails.tokens))
         for j in range(steps):
             beams = [i for i, over in enumerate(search.ended) if not over]
-            chosen = self._chosen(search, self._full(search, logp, beams, [first[owned[i][0]] + j for i in beams]))
+            chosen = self._chosen(search, self._logp(search, logits, beams, [first[owned[i][0]] + j for i in beams]))
             picks = zip(chosen.parents[0].tolist(), chosen.tokens[0].tolist(), strict=True)
             owned = [owned[p] if t < 0 else [i for i in owned[p] if tails.tokens[i][j] == t] for p, t in picks]
             self._follow(search, chosen, move=False)

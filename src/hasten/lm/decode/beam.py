@@ -11,8 +11,7 @@ from hasten.values import UserError
 
 @dataclass(frozen=True)
 class Options:
-    """width: beams of a request. forced: under `trie`, score the rest in one pass once few items are left below the beams (half as many again as
-    beams at most); same results.
+    """width: beams of a request. forced: under `trie`, score the rest in one pass once about as many items as beams are left; same results.
 
     exact_tail: under `trie`, once so few items are left below a request's beams together, score all of them in one pass; nothing is pruned from
     there on, so it may find better items than beam search does (0: off).
