@@ -205,7 +205,8 @@ def test_a_program_that_is_no_worker() -> None:
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9), (signal.SIGTERM, -15)])
 def test_no_process_outlives_a_caller_that_is_interrupted(sent: signal.Signals, code: int, tmp_path: Path) -> None:
     program = (
-        "import sys; from hasten.workers import Workers; from hasten.values import Request\n"
+        "import signal, sys; from hasten.workers import Workers; from hasten.values import Request\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # tests that a shell runs in the background inherit it ignored
         f"w = Workers([{{}}, {{}}], command={FAKE!r}); w.wait(); w.add('a', Request(({HANG},)))\n"
         "print(*[r.process.pid for r in w._replicas], flush=True)\n"
         "try:\n    while True: w.step()\nexcept KeyboardInterrupt: sys.exit(130)\n"
