@@ -243,3 +243,7 @@ def test_pick_on_a_directory_with_a_chat_template(chat_model: Path, tmp_path: Pa
     document = pick(str(chat_model), task=str(task), budgets={"tokens": 1e6}, out=str(tmp_path / "o"), minutes=0.05)
     assert document["picked"]["recipe"]["model"] == str(chat_model)
     assert (tmp_path / "o" / "report.html").is_file()
+
+
+def test_a_model_that_is_trained_to_draft_for_itself_is_no_candidate() -> None:
+    assert {str(r).split()[0] for r in candidates(None).all} == {"zoo:arith-xs", "zoo:arith-s", "zoo:arith-m"}

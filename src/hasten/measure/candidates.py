@@ -77,8 +77,12 @@ def parse_use(text: str) -> Use:
 
 
 def zoo_models() -> list[Recipe]:
-    """The shipped policies whose weights are installed, small to large. UserError if there is none."""
-    found = [Recipe(f"zoo:{name}") for name in _installed("policy")]
+    """The shipped policies whose weights are installed, small to large, without those that are trained to draft for themselves (arith-m stands
+    for them). UserError if there is none.
+    """
+    from hasten import zoo
+
+    found = [Recipe(f"zoo:{name}") for name in _installed("policy") if not zoo.NAMES[name].exit]
     if not found:
         raise UserError("no model of the zoo is installed: train one with `hasten zoo train arith-xs`, or name a model")
     return found

@@ -51,20 +51,6 @@ NAMES: dict[str, Spec] = {
     "arith-prm-s": Spec("reward", width=96, inner=256, layers=6, heads=6, tokens=0, seed=4, start="arith-s"),
     "python-s": Spec("text", width=160, inner=448, layers=1, heads=5, tokens=5_500_000, seed=5, rate=0.02, adam=0.008),
     "python-m": Spec("text", width=160, inner=448, layers=12, heads=5, tokens=3_400_000, seed=6, start="python-s", rate=0.01, adam=0.004),
-    "python-m-exit": Spec(
-        "text",
-        width=160,
-        inner=448,
-        layers=12,
-        heads=5,
-        tokens=1_640_000,
-        seed=7,
-        start="python-m",
-        decay=0.8,
-        rate=0.006,
-        adam=0.0024,
-        exit=1,
-    ),
 }
 
 
